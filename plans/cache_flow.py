@@ -1,0 +1,73 @@
+"""Which bucket writes and which reads which head's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from plans.tiles import CACHED
+
+if TYPE_CHECKING:
+    from plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Heads of one module that the same buckets read and the same buckets write.
+
+    One buffer [B, S, Hg, D], heads ascending.
+    """
+
+    module: str
+    index: int
+    heads: tuple[int, ...]
+    readers: frozenset[int]
+    writers: frozenset[int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.index}"
+
+
+@dataclass(frozen=True)
+class CacheFlow:
+    """All cache groups of a plan, in module order, then index."""
+
+    groups: tuple[CacheGroup, ...]
+
+    def reads(self, bucket: int) -> tuple[CacheGroup, ...]:
+        return tuple(group for group in self.groups if bucket in group.readers)
+
+    def writes(self, bucket: int) -> tuple[CacheGroup, ...]:
+        return tuple(group for group in self.groups if bucket in group.writers)
+
+    def of(self, module: str) -> tuple[CacheGroup, ...]:
+        return tuple(group for group in self.groups if group.module == module)
+
+
+def cache_flow(plan: Plan) -> CacheFlow:
+    """Return the cache groups of a legal plan.
+
+    A bucket writes a head iff it computes it at some step and a later step reads it before it is
+    recomputed; heads that nobody reads are in no group.
+    """
+    return CacheFlow(tuple(g for module in plan.modules for g in _module_groups(plan, module.name)))
+
+
+def _module_groups(plan: Plan, module: str) -> Iterator[CacheGroup]:
+    modes = [bucket.modes[module] for bucket in plan.buckets]
+    heads_of: dict[tuple[frozenset[int], frozenset[int]], list[int]] = {}
+    for head in range(len(modes[0])):
+        readers = frozenset(b for b, row in enumerate(modes) if row[head] == CACHED)
+        # A write is read iff the very next step reads: any other next step recomputes the head.
+        writers = frozenset(
+            now
+            for now, following in pairwise(plan.schedule)
+            if modes[now][head] != CACHED and modes[following][head] == CACHED
+        )
+        if readers:
+            heads_of.setdefault((readers, writers), []).append(head)
+    for index, ((readers, writers), heads) in enumerate(heads_of.items()):
+        yield CacheGroup(module, index, tuple(heads), readers, writers)

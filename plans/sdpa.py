@@ -1,0 +1,65 @@
+"""The operators on a GPU that has no kernel library: SDPA in the dtype of the activations.
+
+Same semantics as plans.reference, whose fp32 arithmetic costs a GPU several times the time. CUDA's
+SDPA kernels take products in the dtype of q, k, v and accumulate in fp32: equal to the reference to
+1e-5 in fp32, and to 2 ulp of the largest output (2e-2 for outputs of 1) in fp16 and bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plans import ops, reference
+from plans.tiles import FULL, TokenLayout
+
+
+def arrow_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    text_tokens: int,
+    text_first: bool,
+    block: int,
+    half_windows: Sequence[int],
+) -> Tensor:
+    """Attend with one half window per head: [B, S, h, D] -> [B, S, h, D]."""
+    layout = TokenLayout(q.shape[1] - text_tokens, text_tokens, text_first, block)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for half_window, heads in reference._groups(layout, half_windows).items():
+        mask = None
+        if half_window != FULL:
+            mask = reference.arrow_mask(layout, half_window, q.device)
+        pick = reference._slice_or_index(heads, q.device)
+        pq, pk, pv = (x[:, :, pick].transpose(1, 2) for x in (q, k, v))
+        part = F.scaled_dot_product_attention(pq, pk, pv, attn_mask=mask, scale=scale)
+        out[:, :, pick] = part.transpose(1, 2)
+    return out
+
+
+def cached_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    scale: float,
+    text_tokens: int,
+    text_first: bool,
+    block: int,
+    half_windows: Sequence[int],
+    source: Sequence[int],
+) -> Tensor:
+    """Merge computed and cached heads: [B, S, h, D], [B, S, c, D] -> [B, S, H, D]."""
+    computed = arrow_attention(q, k, v, scale, text_tokens, text_first, block, half_windows)
+    both = torch.cat([computed, cache.to(q.dtype)], dim=2)
+    return both.index_select(2, reference._index(tuple(source), q.device))
+
+
+def register() -> None:
+    """Make these the operators on CUDA, until a kernel library registers its own."""
+    ops.arrow_attention.register_kernel("cuda")(arrow_attention)
+    ops.cached_head.register_kernel("cuda")(cached_head)

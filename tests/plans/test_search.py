@@ -1,0 +1,276 @@
+"""The search on tiny random pipelines: bounds hold, records are the measured ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+)
+
+from plans.accounting import account
+from plans.errors import ArrowheadError
+from plans.models import AttentionModule
+from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
+from plans.processors import BucketHeads, install
+from plans.reference import arrow_attention
+from plans.scores import head_outputs, relative_squared_errors
+from plans.search import measure, raise_offenders, search_plan
+from plans.tiles import CACHED, FULL, TokenLayout
+from tests.tiny import (
+    BLOCK,
+    HEIGHT,
+    JOINT_DIM,
+    POOLED_DIM,
+    TEXT_TOKENS,
+    WIDTH,
+    random_plan,
+    with_modes,
+)
+from tests.tiny import tiny_flux as flux_transformer
+from tests.tiny import tiny_sd3 as sd3_transformer
+
+STEPS = 5
+
+
+def _vae(latent_channels: int) -> AutoencoderKL:
+    channels = (4, 4, 4, 4)  # four levels: one latent pixel is eight pixels
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+    )
+
+
+def _sd3(scheduler: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
+    pipe = StableDiffusion3Pipeline(
+        sd3_transformer(), scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(4),
+        None, None, None, None, None, None,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    prompts = {
+        name: torch.randn(2, *shape, generator=generator)
+        for prefix in ("", "negative_")
+        for name, shape in (
+            (f"{prefix}prompt_embeds", (TEXT_TOKENS, JOINT_DIM)),
+            (
+                "pooled_prompt_embeds" if not prefix else "negative_pooled_prompt_embeds",
+                (POOLED_DIM,),
+            ),
+        )
+    }
+    return pipe, prompts
+
+
+def _flux() -> tuple[Any, dict[str, torch.Tensor]]:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, _vae(4), None, None, None, None, flux_transformer())
+    generator = torch.Generator().manual_seed(1)
+    return pipe, {
+        "prompt_embeds": torch.randn(2, TEXT_TOKENS, JOINT_DIM, generator=generator),
+        "pooled_prompt_embeds": torch.randn(2, POOLED_DIM, generator=generator),
+    }
+
+
+def _search(pipe: Any, prompts: Any, **changes: Any) -> Plan:
+    arguments: dict[str, Any] = dict(
+        steps=STEPS,
+        height=HEIGHT,
+        width=WIDTH,
+        delta=0.3,
+        block=BLOCK,
+        divisors=(4, 8),
+        guidance_scale=4.0,
+        max_buckets=3,
+    )
+    return search_plan(pipe, prompts, **{**arguments, **changes})
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def searched(request: pytest.FixtureRequest) -> tuple[Any, Any, Plan, list]:
+    pipe, prompts = _sd3() if request.param == "sd3" else _flux()
+    reports: list = []
+    plan = _search(pipe, prompts, progress=lambda *report: reports.append(report))
+    return pipe, prompts, plan, reports
+
+
+def test_search_makes_a_legal_plan_that_saves(searched: Any, tmp_path: Any) -> None:
+    pipe, _, plan, reports = searched
+    check_plan(plan)
+    assert len(plan.buckets) <= 3 and plan.steps == STEPS
+    assert 0 < plan.accounting["attention_flops_saved"] < 1
+    assert plan.accounting == account(plan, batch=2 if plan.sampler.cfg else 1)
+    assert plan.sampler.cfg == isinstance(pipe, StableDiffusion3Pipeline)
+    assert plan.text_tokens == TEXT_TOKENS
+    assert plan.sampler.scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert [r for r in reports if r[0] == "search"][-1][1:3] == (STEPS, STEPS)
+    assert reports[-1][0].startswith("measure") and reports[-1][3] > 0
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    json.dumps(plan_to_json(plan))
+
+
+def test_recorded_errors_are_measured_and_within_bounds(searched: Any) -> None:
+    pipe, prompts, plan, _ = searched
+    errors = measure(pipe, plan, prompts)
+    for module in plan.modules:
+        recorded = plan.search["errors"][module.name]
+        for step in range(STEPS):
+            own = errors[step][module.name]
+            assert sum(own) <= 0.3
+            assert max(own) <= 1.5 * 0.3 / module.heads
+            assert recorded[step] == pytest.approx(sum(own), rel=1e-4, abs=1e-9)
+            for error, mode in zip(own, plan.modes_at(step)[module.name], strict=True):
+                assert (error == 0) if mode == FULL else (error >= 0)
+
+
+def test_what_was_measured_is_what_the_buckets_do(searched: Any) -> None:
+    """The latents of a measuring run equal those of BucketHeads driving the same schedule."""
+    pipe, prompts, plan, _ = searched
+    seen: list[torch.Tensor] = []
+    handle = pipe.transformer.register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    measure(pipe, plan, prompts)
+    handle.remove()
+    caches: dict[str, torch.Tensor] = {}
+    inputs: list[dict] = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda m, a, kwargs: inputs.append(kwargs), with_kwargs=True
+    )
+    measure(pipe, plan, prompts)
+    handle.remove()
+    for step, kwargs in enumerate(inputs):
+        heads = BucketHeads(plan, plan.schedule[step])
+        heads.cache_in = caches
+        undo = install(pipe.transformer, plan.modules, heads)
+        with torch.no_grad():
+            out = pipe.transformer(**kwargs)[0]
+        undo()
+        caches |= heads.cache_out
+        torch.testing.assert_close(out, seen[step], atol=2e-5, rtol=1e-4)
+
+
+def test_delta_zero_is_dense() -> None:
+    plan = _search(*_sd3(), delta=0.0)
+    assert len(plan.buckets) == 1
+    assert plan.accounting["attention_flops_saved"] == 0
+
+
+def test_more_delta_saves_no_less_and_candidates_are_obeyed() -> None:
+    pipe, prompts = _flux()
+    arrows = _search(pipe, prompts, candidates=("arrow",), delta=2.0)
+    caches = _search(pipe, prompts, candidates=("cache",), delta=2.0)
+    assert not any(CACHED in m for b in arrows.buckets for m in b.modes.values())
+    assert all(max(m) < 0 for b in caches.buckets for m in b.modes.values())
+    assert (
+        _search(pipe, prompts, delta=0.05).accounting["attention_flops_saved"]
+        <= _search(pipe, prompts, delta=2.0).accounting["attention_flops_saved"]
+    )
+
+
+def test_search_is_deterministic_and_leaves_the_pipeline_as_it_was() -> None:
+    pipe, prompts = _sd3()
+    before = dict(pipe.transformer.attn_processors)
+    first, second = _search(pipe, prompts), _search(pipe, prompts)
+    assert first.sha256 == second.sha256
+    assert pipe.transformer.attn_processors == before
+    assert not pipe.transformer._forward_pre_hooks and not pipe.transformer._forward_hooks
+
+
+def test_raise_offenders_goes_by_the_ladder() -> None:
+    plan = random_plan(sd3_transformer(), buckets=2, steps=4)
+    module = plan.modules[1]
+    own = {m.name: (-1,) * m.heads for m in plan.modules} | {module.name: (CACHED, 0, 1, CACHED)}
+    plan = with_modes(plan, own)
+    zero = {m.name: [0.0] * m.heads for m in plan.modules}
+    errors = [zero, {**zero, module.name: [0.4, 0.4, 0.4, 0.01]}, zero, zero]
+    candidates = {m.name: (1, 0, CACHED) for m in plan.modules}
+    raised = raise_offenders(plan, errors, 0.8, 1.5, candidates)  # cap 0.3: three heads break it
+    assert raised.buckets[1].modes[module.name] == (1, 1, FULL, CACHED)
+    assert raise_offenders(plan, errors, 0.8, 1.5, None).buckets[1].modes[module.name] == (
+        FULL, FULL, FULL, CACHED,
+    )  # fmt: skip
+    in_sum = [zero, {**zero, module.name: [0.2, 0.19, 0.18, 0.01]}, zero, zero]
+    raised = raise_offenders(plan, in_sum, 0.4, 10, candidates)  # the worst alone brings it under
+    assert raised.buckets[1].modes[module.name] == (1, 0, 1, CACHED)
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("text_tokens", [0, 7])
+@pytest.mark.parametrize("block", [1, 16, 128])
+def test_head_outputs_match_the_reference(text_first: bool, text_tokens: int, block: int) -> None:
+    layout = TokenLayout(300, text_tokens, text_first, block)
+    module = AttentionModule("attn", 3, 8, layout, True)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, layout.seq_len, 3, 8, generator=generator) for _ in range(3))
+    full, arrows = head_outputs(module, q, k, v, {1: [0, 1, 2], 0: [0, 2]})
+    shape = dict(scale=8**-0.5, text_tokens=text_tokens, text_first=text_first, block=block)
+    for half_window, output, heads in ((FULL, full, [0, 1, 2]), (1, arrows[1], [0, 1, 2]),
+                                       (0, arrows[0], [0, 2])):  # fmt: skip
+        expected = arrow_attention(q, k, v, half_windows=[half_window] * 3, **shape)
+        torch.testing.assert_close(output, expected[:, :, heads], atol=2e-6, rtol=1e-5)
+
+
+def test_errors_leave_discarded_text_out() -> None:
+    layout = TokenLayout(6, 2, True, 2)
+    full = torch.randn(1, 8, 2, 4)
+    off = full.clone()
+    off[:, :2] += 9.0
+    kept = AttentionModule("attn", 2, 4, layout, True)
+    assert min(relative_squared_errors(kept, off, full)) > 1
+    dropped = AttentionModule("attn", 2, 4, layout, False)
+    assert relative_squared_errors(dropped, off, full) == [0.0, 0.0]
+    off[0, 5, 1, 0] = torch.nan
+    assert relative_squared_errors(dropped, off, full) == [0.0, torch.inf]
+
+
+def test_two_calls_per_step_are_refused() -> None:
+    pipe, prompts = _flux()
+    negative = {f"negative_{name}": value for name, value in prompts.items()}
+    with pytest.raises(ArrowheadError, match="transformer calls of FluxPipeline.*true CFG"):
+        _search(pipe, {**prompts, **negative, "true_cfg_scale": 4.0})
+
+
+def test_schedulers_of_higher_order_are_refused() -> None:
+    with pytest.raises(ArrowheadError, match="FlowMatchHeunDiscreteScheduler.*one per step"):
+        _search(*_sd3(FlowMatchHeunDiscreteScheduler()))
+
+
+def test_other_pipelines_are_refused() -> None:
+    class StableDiffusionXLPipeline:
+        pass
+
+    with pytest.raises(ArrowheadError, match="got StableDiffusionXLPipeline; expected one of"):
+        _search(StableDiffusionXLPipeline(), ["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(candidates=("arrow", "svd")), "candidates .* got .'svd'"),
+        (dict(delta=-1.0), "error bounds .* delta -1.0"),
+        (dict(candidates=("arrow",), block=128), "none: 24 image tokens are 1 blocks"),
+        (dict(max_buckets=0), "number of buckets"),
+        (dict(height=60), "picture size|divisible"),
+    ],
+)
+def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _search(*_flux(), **changes)
+
+
+def test_no_prompts_are_refused() -> None:
+    with pytest.raises(ArrowheadError, match="5 steps, 0 prompts"):
+        _search(_flux()[0], [])
