@@ -1,0 +1,115 @@
+"""Graph rewrites after tracing. None makes a changed copy of a weight."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import optimizer
+
+from exporter.functions import DOMAIN, function_protos
+
+# Weights and tables are torch tensors in the traced graph; folded constants are not.
+_TRACED = "torch.Tensor"
+
+
+def weight_of(value: ir.Value | None) -> torch.Tensor | None:
+    """The torch tensor of an initializer that came from the model, else None."""
+    raw = getattr(value.const_value, "raw", None) if value is not None else None
+    return raw if isinstance(raw, torch.Tensor) else None
+
+
+def tidy(model: ir.Model) -> None:
+    """Fold constants, name what the runtime needs, and drop traces of where the export ran."""
+    passes.InlinePass()(model)
+    optimizer.fold_constants_ir(
+        model,
+        # A folded Transpose or Slice of a weight would be a second copy of its bytes.
+        should_fold=lambda node: False if any(map(_is_weight, node.inputs)) else None,
+    )
+    passes.RemoveUnusedNodesPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    _fold_row_slices(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.NameFixPass()(model)
+    for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
+        del model.graph.initializers[name]
+    _name_attention(model.graph)
+    _forget_origin(model)
+
+
+def add_functions(model: ir.Model) -> None:
+    """Let the model carry both operators' bodies, used or not."""
+    for proto in function_protos():
+        function = ir.serde.deserialize_function(proto)
+        model.functions[function.identifier()] = function
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return weight_of(value) is not None
+
+
+def _fold_row_slices(graph: ir.Graph) -> None:
+    """Make each Slice of a weight's rows an initializer that shares the weight's memory."""
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Slice" and not node.domain else None
+        weight = weight_of(source)
+        rows = _row_range(node)
+        if source is None or source.dtype is None or weight is None or rows is None:
+            continue
+        first, last = rows[0], min(rows[1], weight.shape[0])
+        tensor = weight.detach()[first:last]
+        name = f"{source.name}.rows_{first}_{last}"
+        if name not in graph.initializers:
+            graph.register_initializer(
+                ir.Value(
+                    name=name,
+                    shape=ir.Shape(tensor.shape),
+                    type=ir.TensorType(source.dtype),
+                    const_value=ir.tensor_adapters.TorchTensor(tensor, name=name),
+                )
+            )
+        ir.convenience.replace_all_uses_with(node.outputs[0], graph.initializers[name])
+        graph.remove(node, safe=True)
+
+
+def _row_range(node: ir.Node) -> tuple[int, int] | None:
+    """Bounds of a Slice along axis 0 with constant bounds and no step, else None."""
+    bounds = []
+    for value in node.inputs[1:]:
+        constant = None if value is None else ir.convenience.get_const_tensor(value)
+        if constant is None or constant.size != 1:
+            return None
+        bounds.append(int(constant.numpy().reshape(())))
+    if len(bounds) < 3 or min(bounds[:2]) < 0 or bounds[2:] not in ([0], [0, 1]):
+        return None
+    return bounds[0], bounds[1]
+
+
+def _name_attention(graph: ir.Graph) -> None:
+    """Name each operator after its attention module, and its output `merged.<module>`."""
+    for node in graph:
+        if node.domain != DOMAIN:
+            continue
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        paths = [x.strip(" '\"") for x in scopes.strip("[]").split(",")]
+        modules = [x.removeprefix("transformer.") for x in paths if ".attn" in x]
+        if modules:
+            node.name = modules[0]
+            node.outputs[0].name = f"merged.{modules[0]}"
+
+
+def _forget_origin(model: ir.Model) -> None:
+    # Tracing notes stack traces, with the paths of the machine, on every node and value.
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
