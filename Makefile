@@ -1,0 +1,57 @@
+# Thin aliases over the `arrowhead` command. Variables are overridden on the command line.
+PYTHON    ?= python3
+VENV      ?= .venv
+# Which build of PyTorch (CPU or CUDA) this names is decided by the package index pip is set to.
+TORCH     ?= torch==2.13.0
+PLAN      ?= plans/library/tiny-sd3.json
+MODEL     ?=
+BACKEND   ?= onnxruntime
+DTYPE     ?= fp32
+OUT       ?= build/$(basename $(notdir $(PLAN)))-$(DTYPE)
+STEPS     ?= 28
+DELTA     ?= 0.2
+HEIGHT    ?=
+WIDTH     ?=
+JOBS      ?= 2
+
+BIN       := $(VENV)/bin
+ARROWHEAD := $(BIN)/arrowhead
+READY     := $(VENV)/.arrowhead-ready
+
+.PHONY: demo plan engine test test-gpu lint clean
+
+demo: $(READY)
+	$(BIN)/python -m tests.testbed.demo
+
+plan: $(READY)
+	@test -n "$(MODEL)" || { echo "make plan: name the model: make plan MODEL=<folder or hub id> PLAN=my-plan.json"; exit 2; }
+	$(ARROWHEAD) plan search --model $(MODEL) --output $(PLAN) --delta $(DELTA) \
+	    --num-inference-steps $(STEPS) $(if $(HEIGHT),--height $(HEIGHT)) $(if $(WIDTH),--width $(WIDTH))
+
+engine: $(READY)
+	$(ARROWHEAD) build --plan $(PLAN) $(if $(MODEL),--model $(MODEL)) --output $(OUT) \
+	    --dtype $(DTYPE) --backend $(BACKEND) --verify
+
+# One thread a worker: two workers that each start a thread per core only wait for one another.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not trt" -n $(JOBS) --dist loadfile
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m "gpu or trt"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Arrowhead needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 cannot make a virtual environment: apt-get install python3-venv"; exit 1; }
+	@command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@$(BIN)/python -m pip freeze | grep '^torch==' > $(VENV)/constraints.txt || true
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
+	@touch $@
