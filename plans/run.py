@@ -68,9 +68,10 @@ def run_plan(pipe: Any, plan: Plan) -> Iterator[PlanHeads]:
 
     def before(*_: Any) -> None:
         nonlocal following
-        # The scheduler's own count: None until the first step of a call is done.
-        step = pipe.scheduler.step_index or 0
-        if step == 0 and pipe.scheduler.step_index is None:
+        # The scheduler's own count: None until the first step of a pipeline call is done.
+        index = pipe.scheduler.step_index
+        step = index or 0
+        if index is None:
             _check_sampler(pipe, plan)
         elif step != following:
             raise _out_of_order(pipe, step, following)

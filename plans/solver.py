@@ -247,7 +247,8 @@ class _Merger:
         for head, candidates in enumerate(worst):
             saving, now = savings[head], modes[head]
             better = [m for m in candidates if saving.get(m, 0.0) > saving.get(now, 0.0)]
-            for mode in sorted(better, key=lambda m, saving=saving: (-saving[m], m)):  # type: ignore[misc]
+            better.sort(key=lambda m, saving=saving: (-saving[m], m))  # type: ignore[misc]
+            for mode in better:
                 moved = [
                     total - step[head].get(now, 0.0) + step[head][mode]
                     for total, step in zip(sums, steps, strict=True)

@@ -1,0 +1,137 @@
+"""The verb plan, end to end on files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from plans.plan import Plan, load_plan, save_plan
+from tests import tiny
+from tests.trt_runtime.conftest import Made
+from trt_runtime.cli import main, parser
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return tiny.random_plan(tiny.tiny_sd3())
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path, plan: Plan) -> Path:
+    save_plan(plan, tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def test_show_prints_modes_and_savings(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = plan_file.with_name("plan.png")
+    assert main(["plan", "show", str(plan_file), "--picture", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "transformer_blocks.0.attn2" in out
+    assert "attention saved" in out
+    assert picture.stat().st_size > 1000
+
+
+def test_check_and_edit_and_diff(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited = plan_file.with_name("edited.json")
+    assert main(["plan", "check", str(plan_file)]) == 0
+    change = "transformer_blocks.*.attn:all=full"
+    assert main(["plan", "edit", str(plan_file), "--bucket", "1", "--set", change,
+                 "--output", str(edited)]) == 0  # fmt: skip
+    assert load_plan(edited).accounting is not None
+    assert main(["plan", "diff", str(plan_file), str(edited)]) == 1
+    assert "cached -> full" in capsys.readouterr().out
+    assert main(["plan", "diff", str(edited), str(edited)]) == 0
+
+
+def test_an_illegal_edit_leaves_the_file_alone(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = plan_file.read_bytes()
+    edit = ["plan", "edit", str(plan_file), "--bucket", "0", "--set", "*:0=cached"]
+    assert main(edit) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("arrowhead: plan step 0")
+    assert error.count("\n") == 1
+    assert plan_file.read_bytes() == before
+
+
+def test_errors_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(tmp_path / "absent.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("arrowhead: plan file")
+    assert "Traceback" not in error
+
+
+def test_search_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = str(tmp_path / "no-model")
+    assert main(["plan", "search", "--model", absent, "--output", str(tmp_path / "p.json")]) == 2
+    assert f"model {absent} | got" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_every_verb_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = ["export", "build", "run", "bench", "verify", "inspect", "doctor"]
+    actions = [["plan", a] for a in ("search", "show", "diff", "edit", "import", "check")]
+    for words in [[verb] for verb in verbs] + actions:
+        with pytest.raises(SystemExit):
+            parser().parse_args([*words, "--help"])
+        assert f"examples:\n  arrowhead {' '.join(words)}" in capsys.readouterr().out
+
+
+def sampling(folder: Path) -> list[str]:
+    return ["--model", str(folder.parent / "model"), "--height", "64", "--width", "96",
+            "--num-inference-steps", "6", "--guidance-scale", "4", "--block", "5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_search_writes_a_plan_that_fits_its_model(
+    kind: str,
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _, _ = torch_bundle(kind)
+    target = tmp_path / "found" / "plan.json"
+    command = ["plan", "search", *sampling(folder), "--prompt", "a cat", "--delta", "0.5",
+               "--divisors", "2", "4", "--max-buckets", "3", "--output", str(target)]  # fmt: skip
+    assert main(command) == 0
+    assert "largest measured error" in capsys.readouterr().out
+    assert target.with_suffix(".png").stat().st_size > 1000
+    plan = load_plan(target)
+    assert plan.search is not None
+    assert plan.search["delta"] == 0.5
+    assert not Path(str(plan.model.source)).is_absolute()
+    model = str(folder.parent / "model")
+    assert main(["plan", "check", str(target), "--model", model]) == 0
+    assert f"fits {model}" in capsys.readouterr().out
+
+
+def test_import_translates_the_references_pickles(
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _, plan = torch_bundle("flux")
+    layers = [module.name for module in plan.modules]
+    full = torch.full((4, 2), -1, dtype=torch.int32)
+    some_cached = full.clone()
+    some_cached[[0, 2]] = 0
+    windows = {step: some_cached if step % 2 else full for step in range(6)}
+    options = dict.fromkeys(layers, windows)
+    shares = {layer: {step: [0, 2] if step % 2 else [] for step in range(6)} for layer in layers}
+    for name, table in (("options.pkl", options), ("shares.pkl", shares)):
+        torch.save(table, tmp_path / name)
+    files = [str(tmp_path / "options.pkl"), str(tmp_path / "shares.pkl")]
+    target = tmp_path / "plan.json"
+    assert main(["plan", "import", *files, *sampling(folder), "--output", str(target)]) == 0
+    imported = load_plan(target)
+    assert imported.schedule == (0, 1, 0, 1, 0, 1)
+    assert imported.modes_at(1)[plan.modules[0].name] == (-2, -1, -2, -1)
+    assert imported.sampler.sigmas == pytest.approx(plan.sampler.sigmas)
+    capsys.readouterr()
+    assert main(["plan", "diff", str(target), str(target)]) == 0

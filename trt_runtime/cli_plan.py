@@ -1,0 +1,344 @@
+"""The verb plan: search, show, diff, edit, import, check."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plans.accounting import account
+from plans.plan import Plan, check_plan, load_plan, save_plan
+from trt_runtime.cli_common import (
+    Verbs,
+    add_prompts,
+    add_verb,
+    bytes_text,
+    make_parent,
+    percent,
+    progress_bar,
+    prompts_of,
+    show_table,
+)
+from trt_runtime.plan_text import apply_edits, differences, mode_counts, mode_name, parse_edit
+
+DIVISORS = (8, 16, 32)
+
+
+def add_verbs(verbs: Verbs) -> None:
+    parser = verbs.add_parser("plan", help="search, show, compare, edit, import and check plans")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    _add_search(actions)
+    _add_import(actions)
+    show_parser = add_verb(
+        actions,
+        "show",
+        show,
+        "show a plan: modes by bucket and module, and what it saves",
+        "  arrowhead plan show plan.json\n  arrowhead plan show plan.json --picture plan.png",
+    )
+    show_parser.add_argument("plan", type=Path, metavar="PLAN")
+    show_parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it, too")
+    parser = add_verb(
+        actions,
+        "diff",
+        diff,
+        "list what differs between two plans, per step, module and head",
+        "  arrowhead plan diff before.json after.json",
+    )
+    parser.add_argument("first", type=Path, metavar="PLAN")
+    parser.add_argument("second", type=Path, metavar="OTHER")
+    parser = add_verb(
+        actions,
+        "edit",
+        edit,
+        "set modes by hand; the result is checked and accounted anew",
+        "  arrowhead plan edit plan.json --bucket 1 --output edited.json \\\n"
+        "      --set transformer_blocks.3.attn:0,2-4=cached --set 'transformer_blocks.*:all=full'",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN")
+    parser.add_argument(
+        "--set",
+        action="append",
+        required=True,
+        metavar="MODULE:HEADS=MODE",
+        help="MODULE may be a pattern; HEADS all, or as 0,2-4; MODE full, cached or a half "
+        "window in blocks",
+    )
+    parser.add_argument("--bucket", type=int, required=True, metavar="I")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: PLAN itself")
+    parser = add_verb(
+        actions,
+        "check",
+        check,
+        "check a plan by itself and, with --model, against a checkpoint",
+        "  arrowhead plan check plan.json\n"
+        "  arrowhead plan check plan.json --model stabilityai/stable-diffusion-3-medium-diffusers",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN")
+    parser.add_argument("-m", "--model", help="folder in diffusers' format, or hub id")
+    parser.add_argument("--revision", metavar="NAME", help="of the hub id")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Arguments that fix what a plan is for; None leaves the pipeline's own default."""
+    parser.add_argument(
+        "-m", "--model", required=True, help="folder in diffusers' format, or hub id"
+    )
+    parser.add_argument("--revision", metavar="NAME", help="of the hub id")
+    parser.add_argument("--num-inference-steps", type=int, metavar="N")
+    parser.add_argument("--height", type=int, metavar="PIXELS")
+    parser.add_argument("--width", type=int, metavar="PIXELS")
+    parser.add_argument("--guidance-scale", type=float, metavar="X")
+    parser.add_argument("--max-sequence-length", type=int, metavar="T")
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=128,
+        metavar="TOKENS",
+        help="image tokens of a block (default 128; 16 gives 1024 tokens the geometry of 2K)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", default="fp32", help="of the run: fp32 (default), fp16, bf16")
+
+
+def _add_search(actions: Verbs) -> None:
+    parser = add_verb(
+        actions,
+        "search",
+        search,
+        "search a plan for a checkpoint in one calibration run",
+        "  arrowhead plan search --model stabilityai/stable-diffusion-3-medium-diffusers \\\n"
+        "      --num-inference-steps 28 --delta 0.2 --device cuda --dtype fp16 --output plan.json\n"
+        "  arrowhead plan search --model my-model --candidates cache --prompts prompts.txt \\\n"
+        "      --output cache-only.json",
+    )
+    _add_sampling(parser)
+    add_prompts(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the plan")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="picture of the plan (default: beside it, .png)",
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="bound on the error of each step and module (default 0.2): more saves more",
+    )
+    parser.add_argument(
+        "--cap-factor",
+        type=float,
+        default=1.5,
+        metavar="C",
+        help="a head may err by C * delta / heads (default 1.5)",
+    )
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=["arrow", "cache"],
+        choices=("arrow", "cache"),
+        help="what to try beside full attention (default: both)",
+    )
+    parser.add_argument(
+        "--divisors",
+        type=int,
+        nargs="+",
+        default=list(DIVISORS),
+        metavar="K",
+        help="arrow half windows are V / 2K image tokens (default 8 16 32)",
+    )
+    parser.add_argument(
+        "--max-buckets", type=int, default=6, metavar="K", help="graphs at most (default 6)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_import(actions: Verbs) -> None:
+    parser = add_verb(
+        actions,
+        "import",
+        import_,
+        "translate a plan of the DiTFastAttnV2 reference (two pickles, read without running code)",
+        "  arrowhead plan import head_option.pkl outputshare.pkl --model my-model \\\n"
+        "      --num-inference-steps 28 --output plan.json",
+    )
+    parser.add_argument("head_options", type=Path, metavar="HEAD_OPTIONS")
+    parser.add_argument("output_shares", type=Path, metavar="OUTPUT_SHARES")
+    _add_sampling(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Search, write the plan and its picture, and print what was found."""
+    from plans.search import search_plan
+    from trt_runtime.cli_models import load_for_planning, sampling_of
+
+    pipe = load_for_planning(arguments)
+    prompts = prompts_of(arguments, arguments.model)
+    with progress_bar() as advance:
+        plan = search_plan(
+            pipe,
+            prompts,
+            **sampling_of(pipe, arguments),
+            delta=arguments.delta,
+            cap_factor=arguments.cap_factor,
+            divisors=tuple(arguments.divisors),
+            candidates=tuple(arguments.candidates),
+            block=arguments.block,
+            max_buckets=arguments.max_buckets,
+            seed=arguments.seed,
+            source=arguments.model,
+            revision=arguments.revision,
+            progress=lambda stage, done, total, saved: advance(
+                f"{stage}, {percent(saved)} saved", done, total
+            ),
+        )
+    make_parent(arguments.output)
+    save_plan(plan, arguments.output)
+    _draw(plan, arguments.picture or arguments.output.with_suffix(".png"))
+    _show(plan)
+    print(f"plan: {arguments.output}")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print a plan, and draw it where asked."""
+    plan = load_plan(arguments.plan)
+    _show(plan)
+    if arguments.picture is not None:
+        _draw(plan, arguments.picture)
+    return 0
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    from plans.picture import plan_picture
+
+    make_parent(path)
+    plan_picture(plan, path)
+    print(f"picture: {path}")
+
+
+def _show(plan: Plan) -> None:
+    heads = {m.name: m.heads for m in plan.modules}
+    rows = [
+        (name, *(" ".join(mode_name(m, short=True) for m in b.modes[name]) for b in plan.buckets))
+        for name in heads
+    ]
+    show_table(
+        "modes of the heads: F full, C cached, else the half window in blocks",
+        ("module", *(f"bucket {i}" for i in range(len(plan.buckets)))),
+        rows,
+    )
+    accounting = plan.accounting or account(plan, _rows(plan))
+    _show_buckets(plan, accounting)
+    facts = [
+        f"{plan.model.architecture} {plan.height} x {plan.width}, {plan.text_tokens} text tokens, "
+        f"blocks of {plan.block}, {plan.steps} steps of {plan.sampler.scheduler}",
+        f"attention saved: {percent(accounting['attention_flops_saved'])} "
+        f"(paper's formula: {percent(accounting['paper_formula_saved'])}); "
+        f"caches in fp16: {bytes_text(accounting['cache_bytes']['2'])}",
+    ]
+    flops, dense = accounting.get("transformer_flops"), accounting.get("transformer_flops_dense")
+    if flops and dense:
+        facts.append(
+            f"transformer: {flops / 1e12:.3g} of {dense / 1e12:.3g} TFLOP, "
+            f"{percent(1 - flops / dense)} saved"
+        )
+    if plan.search is not None:
+        worst = max((max(row) for row in plan.search.get("errors", {}).values()), default=0.0)
+        facts.append(
+            f"search: delta {plan.search.get('delta')}, largest measured error of a step and "
+            f"module {worst:.4g}, {plan.search.get('seconds')} s"
+        )
+    print("\n".join(facts))
+
+
+def _show_buckets(plan: Plan, accounting: dict[str, Any]) -> None:
+    rows = []
+    for bucket in range(len(plan.buckets)):
+        counts = mode_counts(plan, bucket)
+        steps = [step for step, own in enumerate(plan.schedule) if own == bucket]
+        saved = accounting["per_step"][steps[0]]
+        rows.append((bucket, " ".join(map(str, steps)), *counts.values(), percent(saved)))
+    show_table("buckets", ("bucket", "steps", "full", "arrow", "cached", "saved"), rows)
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    """Print what differs; 1 if anything does, as diff does."""
+    first, second = load_plan(arguments.first), load_plan(arguments.second)
+    lines = differences(first, second)
+    print("\n".join(lines) if lines else "no difference")
+    return 1 if lines else 0
+
+
+def edit(arguments: argparse.Namespace) -> int:
+    """Set modes, check, account and save."""
+    plan = load_plan(arguments.plan)
+    edited = apply_edits(plan, arguments.bucket, [parse_edit(text) for text in arguments.set])
+    check_plan(edited)
+    # What was measured, was measured of another plan.
+    edited = replace(edited, search=None, accounting=account(edited, _rows(plan)))
+    target = arguments.output or arguments.plan
+    make_parent(target)
+    save_plan(_relocate(edited, arguments.plan, target), target)
+    saved = [percent(account(p, 1)["attention_flops_saved"]) for p in (plan, edited)]
+    print(f"{target}: attention saved {saved[1]}, before {saved[0]}")
+    return 0
+
+
+def _relocate(plan: Plan, old: Path, new: Path) -> Plan:
+    """Keep a relative model.source pointing at the same folder from another place."""
+    from plans.plan import resolve_source
+
+    return replace(
+        plan, model=replace(plan.model, source=resolve_source(plan, old.resolve().parent))
+    )
+
+
+def import_(arguments: argparse.Namespace) -> int:
+    """Translate the reference's pickles."""
+    from plans.importer import import_reference
+    from trt_runtime.attachment import spec_of
+    from trt_runtime.cli_models import bare_plan, load_for_planning
+
+    pipe = load_for_planning(arguments)
+    bare = bare_plan(pipe, arguments)
+    plan = import_reference(
+        arguments.head_options,
+        arguments.output_shares,
+        spec=spec_of(bare, bare.model.architecture, pipe.transformer.config),
+        sampler=bare.sampler,
+        vae_scale_factor=bare.vae_scale_factor,
+        source=bare.model.source,
+        weights_sha256=bare.model.weights_sha256,
+    )
+    plan = replace(plan, accounting=account(plan, _rows(plan)))
+    make_parent(arguments.output)
+    save_plan(plan, arguments.output)
+    _show(plan)
+    print(f"plan: {arguments.output}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check legality, and fit to a model."""
+    plan = load_plan(arguments.plan)
+    against = ""
+    if arguments.model is not None:
+        from trt_runtime.cli_models import check_against_model
+
+        check_against_model(plan, arguments.model, arguments.revision)
+        against = f", and fits {arguments.model}"
+    print(f"{arguments.plan}: legal{against}")
+    return 0
+
+
+def _rows(plan: Plan) -> int:
+    """Rows of a transformer call for one picture, which accounting counts by default."""
+    if plan.accounting is not None:
+        return int(plan.accounting["batch"])
+    return 2 if plan.sampler.cfg else 1

@@ -1,0 +1,229 @@
+"""What this machine can run, and what to install for more."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+)
+_PLUGIN = "libarrowhead_trt.so"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; install is empty where nothing is missing."""
+
+    subject: str
+    ok: bool
+    found: str
+    good_for: str
+    install: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of this project, Python and the packages it runs on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("arrowhead", *_PACKAGES):
+        version = _version(name)
+        if version:
+            found[name] = version
+    return found
+
+
+def device_name(device: str = "cpu") -> str:
+    """Name the processor pictures are made on."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package lies in, with + where it was changed; None outside."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def examine() -> list[Finding]:
+    """Look at everything the project can use; never raises for what is missing."""
+    return [
+        _python(),
+        _torch(),
+        _gpu(),
+        _package("diffusers", "pipelines, plan search", "pip install diffusers"),
+        _package("onnx", "export", "pip install 'arrowhead[export]'"),
+        _package("onnxscript", "export", "pip install 'arrowhead[export]'"),
+        _onnxruntime(),
+        _onnxruntime_cuda(),
+        _tensorrt(),
+        _tensorrt_library(),
+        _plugin(),
+        _nvcc(),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, good_for: str, install: str) -> Finding:
+    version = _version(name)
+    return Finding(
+        name, version is not None, version or "not installed", good_for, "" if version else install
+    )
+
+
+def _python() -> Finding:
+    ok = sys.version_info >= (3, 11)
+    return Finding(
+        "Python", ok, platform.python_version(), "everything", "" if ok else "Python 3.11 or newer"
+    )
+
+
+def _torch() -> Finding:
+    return _package("torch", "plan search, backend torch", "pip install torch")
+
+
+def _gpu() -> Finding:
+    good_for = "fast search; backends onnxruntime on CUDA, TensorRT"
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+            return Finding("NVIDIA GPU", True, f"{name}, CUDA {torch.version.cuda}", good_for)
+    except (ImportError, RuntimeError) as error:
+        return Finding("NVIDIA GPU", False, str(error), good_for, "an NVIDIA driver that works")
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "NVIDIA GPU",
+            False,
+            "a driver, but this PyTorch is built without CUDA",
+            good_for,
+            "a CUDA build of PyTorch",
+        )
+    return Finding("NVIDIA GPU", False, "none", good_for, "an NVIDIA GPU and its driver")
+
+
+def _providers() -> list[str]:
+    try:
+        return list(importlib.import_module("onnxruntime").get_available_providers())
+    except (ImportError, AttributeError):
+        return []
+
+
+def _onnxruntime() -> Finding:
+    ok = "CPUExecutionProvider" in _providers()
+    version = _version("onnxruntime") or _version("onnxruntime-gpu") or "not installed"
+    return Finding(
+        "ONNX Runtime CPU",
+        ok,
+        version,
+        "backend onnxruntime, fp32 and fp16",
+        "" if ok else "pip install 'arrowhead[onnxruntime]'",
+    )
+
+
+def _onnxruntime_cuda() -> Finding:
+    ok = "CUDAExecutionProvider" in _providers()
+    install = (
+        "on a machine with a GPU, in place of onnxruntime: pip install 'arrowhead[onnxruntime-gpu]'"
+    )
+    return Finding(
+        "ONNX Runtime CUDA",
+        ok,
+        "available" if ok else "no CUDA provider",
+        "backend onnxruntime with --device cuda",
+        "" if ok else install,
+    )
+
+
+def _tensorrt() -> Finding:
+    good_for = "TensorRT engines, in a later version"
+    for name in ("tensorrt", "tensorrt_bindings"):
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError):
+            continue
+        version = getattr(module, "__version__", "?")
+        return Finding("TensorRT Python", True, f"{name} {version}", good_for)
+    return Finding(
+        "TensorRT Python", False, "not installed", good_for, "pip install 'arrowhead[tensorrt]'"
+    )
+
+
+def _tensorrt_library() -> Finding:
+    for version in ("11", "10"):
+        try:
+            ctypes.CDLL(f"libnvinfer.so.{version}")
+        except OSError:
+            continue
+        return Finding("TensorRT library", True, f"libnvinfer.so.{version}", "TensorRT engines")
+    return Finding(
+        "TensorRT library",
+        False,
+        "no libnvinfer.so.11 or .10 on the library path",
+        "TensorRT engines",
+        "TensorRT 10.13 or newer, its lib folder in LD_LIBRARY_PATH",
+    )
+
+
+def _plugin() -> Finding:
+    path = Path(__file__).parents[1] / "build" / "plugins" / _PLUGIN
+    good_for = "arrow attention as one GPU kernel; the ONNX function bodies run without it"
+    if path.is_file():
+        return Finding("kernel library", True, str(path), good_for)
+    return Finding(
+        "kernel library",
+        False,
+        f"no {_PLUGIN}",
+        good_for,
+        "nothing yet: this version comes without it",
+    )
+
+
+def _nvcc() -> Finding:
+    path = shutil.which("nvcc")
+    return Finding(
+        "nvcc",
+        path is not None,
+        path or "not on PATH",
+        "building the kernel library",
+        "" if path else "the CUDA toolkit, 13.0 or newer",
+    )

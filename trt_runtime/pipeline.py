@@ -1,0 +1,156 @@
+"""Whole pipelines: load one around a bundle, give it the plan's arguments, make pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plans.errors import ArrowheadError
+from plans.plan import Plan
+from trt_runtime.attachment import attach
+from trt_runtime.bundles import load_pretrained, model_source, open_bundle
+from trt_runtime.engine import DTYPES
+from trt_runtime.transformer import ArrowheadTransformer
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One generated picture; latents are the last step's, before the VAE.
+
+    seconds: of the whole pipeline call, shared by the pictures of one call. step_seconds: bucket
+    and seconds of each transformer call.
+    """
+
+    prompt: str
+    seed: int
+    image: Any
+    latents: Tensor
+    seconds: float
+    step_seconds: tuple[tuple[int, float], ...]
+
+
+def load_pipeline(
+    folder: Path | str,
+    *,
+    backend: str = "onnxruntime",
+    on_mismatch: str = "error",
+    device: str = "cpu",
+    **options: Any,
+) -> Any:
+    """Load the bundle's diffusers pipeline with the bundle as its transformer.
+
+    The checkpoint's own transformer weights are not read, unless the backend is "torch".
+    """
+    bundle, _ = open_bundle(folder)
+    pipe = load_source_pipeline(
+        model_source(bundle, folder),
+        # On a CPU half precision is slow where it works at all; the graphs cast on their own.
+        dtype=torch.float32 if device == "cpu" else DTYPES[bundle.dtype],
+        revision=bundle.model.get("revision"),
+        transformer=None,
+    ).to(device)
+    attach(pipe, folder, backend=backend, on_mismatch=on_mismatch, device=device, **options)
+    return pipe
+
+
+def load_source_pipeline(
+    source: str, *, dtype: torch.dtype, revision: str | None = None, **components: Any
+) -> Any:
+    """Load a diffusers pipeline from a folder or hub id; components override its own."""
+    from diffusers import DiffusionPipeline
+
+    pipe = load_pretrained(
+        DiffusionPipeline, source, torch_dtype=dtype, revision=revision, **components
+    )
+    if type(pipe).__name__ not in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        raise ArrowheadError(
+            f"pipeline {source}",
+            got=type(pipe).__name__,
+            expected="StableDiffusion3Pipeline or FluxPipeline",
+            fix="use an SD3, SD3.5 or FLUX.1 checkpoint",
+        )
+    return pipe
+
+
+def pipeline_kwargs(plan: Plan, pipe: Any) -> dict[str, Any]:
+    """Give the arguments with which the pipeline asks the transformer for what the plan holds."""
+    text = plan.text_tokens
+    if plan.model.architecture == "SD3Transformer2DModel":
+        text -= pipe.tokenizer_max_length  # CLIP's tokens come before T5's
+    return {
+        "height": plan.height,
+        "width": plan.width,
+        "num_inference_steps": plan.steps,
+        "guidance_scale": plan.sampler.guidance_scale,
+        "max_sequence_length": text,
+    }
+
+
+def pictures_per_call(transformer: ArrowheadTransformer) -> int:
+    """Pictures in one pipeline call: rows of the bundle, halved where each has a negative row."""
+    plan = transformer.plan
+    pairs = plan.sampler.cfg and plan.model.architecture == "SD3Transformer2DModel"
+    return transformer.bundle.batch // (2 if pairs else 1)
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    on_picture: Callable[[], None] | None = None,
+    **overrides: Any,
+) -> list[Picture]:
+    """Make one picture a prompt; picture i has the noise of seed + i whatever the batch.
+
+    overrides: arguments of the pipeline call in place of the plan's.
+    """
+    size = pictures_per_call(pipe.transformer)
+    pictures: list[Picture] = []
+    for start in range(0, len(prompts), size):
+        chunk = list(prompts[start : start + size])
+        # A bundle has a fixed number of rows: the last call is filled up, the surplus dropped.
+        filled = chunk + [chunk[-1]] * (size - len(chunk))
+        seeds = [seed + start + i for i in range(size)]
+        made = _call(pipe, filled, seeds, overrides)
+        pictures += made[: len(chunk)]
+        for _ in chunk:
+            if on_picture is not None:
+                on_picture()
+    return pictures
+
+
+def _call(
+    pipe: Any, prompts: list[str], seeds: list[int], overrides: dict[str, Any]
+) -> list[Picture]:
+    transformer: ArrowheadTransformer = pipe.transformer
+    last: dict[str, Tensor] = {}
+
+    def keep(_: Any, __: int, ___: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        last.update(tensors)
+        return {}
+
+    arguments = pipeline_kwargs(transformer.plan, pipe) | overrides
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    started = time.perf_counter()
+    images = pipe(
+        prompts,
+        generator=generators if len(generators) > 1 else generators[0],
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents"],
+        **arguments,
+    ).images
+    seconds = time.perf_counter() - started
+    steps = tuple(transformer.state.step_seconds)
+    return [
+        Picture(prompt, seed, image, latents.float().cpu(), seconds, steps)
+        for prompt, seed, image, latents in zip(
+            prompts, seeds, images, last["latents"], strict=True
+        )
+    ]
