@@ -1,0 +1,51 @@
+// The shared memory of a Hopper CTA: tiles, barriers, and what the producer tells the consumers.
+#pragma once
+
+#include "sm90_config.h"
+#include "sm90_wgmma.cuh"
+#include "tile_scheduler.cuh"
+
+namespace arrowhead::sm90 {
+
+/// A ticket, decoded by the producer for the consumers.
+struct WorkItem {
+  enum Kind : int { kStop, kAttend, kCopy };
+  int kind;
+  int head;
+  int source;
+  int second;
+  int batch;
+  int segment;
+  int token;  // first row
+  int mode;
+};
+
+constexpr int kWorkSlots = 2;  // the producer decodes one ticket ahead
+
+template <class C>
+struct SharedStorage {
+  // Swizzle patterns repeat every 1024 bytes of the address.
+  alignas(1024) unsigned char q[C::kGroups][C::kGroupBytes];
+  alignas(1024) unsigned char k[C::kStages][C::kKvBytes];
+  alignas(1024) unsigned char v[C::kStages][C::kKvBytes];
+  alignas(1024) unsigned char o[C::kGroups][C::kGroupBytes];
+  Barrier q_full[C::kGroups];
+  Barrier q_empty[C::kGroups];
+  Barrier k_full[C::kStages];
+  Barrier k_empty[C::kStages];
+  Barrier v_full[C::kStages];
+  Barrier v_empty[C::kStages];
+  Barrier work_full[kWorkSlots];
+  Barrier work_empty[kWorkSlots];
+  WorkItem work[kWorkSlots];
+  RunTable table;
+  RunCosts costs;
+};
+
+template <class C>
+constexpr int shared_bytes() {
+  static_assert(sizeof(SharedStorage<C>) <= 227 * 1024, "a Hopper CTA has 227 KB");
+  return sizeof(SharedStorage<C>);
+}
+
+}  // namespace arrowhead::sm90
