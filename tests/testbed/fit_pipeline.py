@@ -1,0 +1,204 @@
+"""Fit a pipeline's transformer and text encoders."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.testbed import models, scenes
+from tests.testbed.fit_parts import Clock, follow
+from tests.testbed.scenes import Scenes
+
+CAPTION_DROPOUT = {"tiny-sd3": 0.1, "tiny-flux": 0.0}  # only SD3 has classifier-free guidance
+
+
+def _tokenized(pipe: DiffusionPipeline, drawn: Scenes, device: str) -> tuple[Tensor, Tensor]:
+    """Token ids of two phrasings per scene, [n, 2, length]; and one empty caption at the end."""
+    clip_ids, t5_ids = [], []
+    for phrasing in range(2):
+        said = drawn.take(np.arange(len(drawn)))
+        said.phrasing = (drawn.phrasing + 0.5 * phrasing) % 1
+        texts = [scenes.caption(scenes.facts(said, i)) for i in range(len(said))]
+        clip, t5 = models.token_ids(pipe, texts)
+        clip_ids.append(clip)
+        t5_ids.append(t5)
+    return torch.stack(clip_ids, 1).to(device), torch.stack(t5_ids, 1).to(device)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024), matrices of one shape orthogonalised in one batch.
+
+    torch.optim.Muon takes them one by one: at this size that is a third of the step.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        group = self.param_groups[0]
+        shapes: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+        for p in group["params"]:
+            shapes[p.shape].append(p)
+        for shape, params in shapes.items():
+            grads = torch.stack([p.grad for p in params])
+            speed = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+            speed.lerp_(grads, 1 - group["momentum"])
+            update = grads.lerp_(speed, group["momentum"]).bfloat16()
+            update /= update.norm(dim=(1, 2), keepdim=True) + 1e-7
+            for _ in range(5):  # Newton-Schulz steps, coefficients of the reference
+                gram = update @ update.mT
+                gram = -4.7750 * gram + 2.0315 * gram @ gram
+                update = 3.4445 * update + gram @ update
+            scale = group["lr"] * 0.2 * math.sqrt(max(shape))  # the RMS of an AdamW step
+            torch._foreach_add_(params, list(update.float().unbind()), alpha=-scale)
+
+
+def _optimizers(transformer: nn.Module, encoders: nn.ModuleList) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for everything else."""
+    named = list(transformer.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and "transformer_blocks" in n]
+    others = [p for n, p in named if not (p.ndim == 2 and "transformer_blocks" in n)]
+    others += encoders.parameters()
+    return [
+        Muon(matrices, lr=3e-3),
+        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def velocity(
+    pipe: DiffusionPipeline,
+    transformer: nn.Module,
+    noisy: Tensor,
+    sigma: Tensor,
+    text: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Call the transformer as its pipeline does: noisy [B, 8, 64, 64], sigma [B] in 0..1."""
+    sequence, pooled = text
+    if not isinstance(pipe, FluxPipeline):
+        return transformer(
+            hidden_states=noisy,
+            timestep=sigma * 1000,
+            encoder_hidden_states=sequence,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+    b, c, h, w = noisy.shape
+    packed = transformer(
+        hidden_states=pipe._pack_latents(noisy, b, c, h, w),
+        timestep=sigma,
+        encoder_hidden_states=sequence,
+        pooled_projections=pooled,
+        txt_ids=torch.zeros(sequence.shape[1], 3, device=noisy.device),
+        img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, torch.float32),
+        return_dict=False,
+    )[0]
+    return packed.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+class PipelineFit:
+    """Fits a transformer and its text encoders by rectified flow (Esser et al., 2024).
+
+    data: scenes and their latents [n, 8, 64, 64]. The saved weights are a running average.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pipe: DiffusionPipeline,
+        data: tuple[Scenes, Tensor],
+        device: str,
+        compiled: bool,
+    ) -> None:
+        self.name, self.pipe, self.device = name, pipe, device
+        self.scenes, self.latents = data
+        self.captions = _tokenized(pipe, self.scenes, device)
+        self.no_caption = [ids.to(device) for ids in models.token_ids(pipe, [""])]
+        self.transformer = pipe.transformer.to(device).train()
+        self.encoders = models.text_encoders(pipe).to(device).train()
+        self.trained = nn.ModuleList([self.transformer, self.encoders])
+        self.average = copy.deepcopy(self.trained)
+        self.optimizers = _optimizers(self.transformer, self.encoders)
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.call = torch.compile(self.transformer) if compiled else self.transformer
+
+    def run(self, minutes: float, batch: int) -> None:
+        clock, step = Clock(minutes), 0
+        while clock.spent < 1:
+            loss = self._loss(batch)
+            for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+                optimizer.zero_grad(set_to_none=True)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * clock.rate(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            follow(self.average, self.trained, min(0.9995, step / (step + 10)))
+            step += 1
+            if step % 100 == 0:
+                seconds = clock.spent * clock.budget
+                print(f"{self.name} {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+        self.trained.load_state_dict(self.average.state_dict())
+
+    def _loss(self, batch: int) -> Tensor:
+        device, config = self.device, self.pipe.vae.config
+        pick = torch.randint(len(self.latents), (batch,), device=device)
+        phrasing = torch.randint(2, (batch,), device=device)
+        drop = torch.rand(batch, 1, device=device) < CAPTION_DROPOUT[self.name]
+        clip, t5 = (
+            torch.where(drop, nothing, ids[pick, phrasing])
+            for nothing, ids in zip(self.no_caption, self.captions, strict=True)
+        )
+        clean = (self.latents[pick].float() - config.shift_factor) * config.scaling_factor
+        noise = torch.randn_like(clean)
+        sigma = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
+        with torch.autocast(device, torch.bfloat16):
+            text = models.encode_text(self.encoders, clip, t5)
+            noisy = clean.lerp(noise, sigma[:, None, None, None])
+            guess = velocity(self.pipe, self.call, noisy, sigma, text)
+        return F.mse_loss(guess.float(), noise - clean)
+
+
+def start_pipeline(name: str, vae: AutoencoderKL, folder: Path) -> DiffusionPipeline:
+    """Load `folder`/name to train it further, or save and load a new one (saving fixes its words).
+
+    A new tiny-flux starts from the text encoders of `folder`/tiny-sd3, if that is there.
+    """
+    start = folder / name
+    if not start.exists():
+        start = folder / f"{name}-untrained"
+        untrained = models.make_pipeline(name, vae)
+        if name == "tiny-flux" and (folder / "tiny-sd3").exists():
+            sd3 = DiffusionPipeline.from_pretrained(str(folder / "tiny-sd3"), transformer=None)
+            models.share_text_encoders(untrained, sd3)
+        untrained.save_pretrained(start)
+    return DiffusionPipeline.from_pretrained(str(start), torch_dtype=torch.float32)
+
+
+def fit_pipeline(
+    name: str,
+    vae: AutoencoderKL,
+    data: tuple[Scenes, Tensor],
+    folder: Path,
+    *,
+    minutes: float,
+    device: str,
+    batch: int,
+    compiled: bool,
+) -> None:
+    """Train `folder`/name, and save it there in fp16 with a few captions to calibrate plans on."""
+    torch.manual_seed(0)
+    pipe = start_pipeline(name, vae, folder)
+    PipelineFit(name, pipe, data, device, compiled).run(minutes, batch)
+    pipe.to("cpu", torch.float16).save_pretrained(folder / name)
+    texts = [scenes.caption(scenes.facts(data[0], i)) for i in range(8)]
+    (folder / name / "calibration_prompts.txt").write_text("\n".join(texts) + "\n")
