@@ -18,7 +18,7 @@ BIN       := $(VENV)/bin
 ARROWHEAD := $(BIN)/arrowhead
 READY     := $(VENV)/.arrowhead-ready
 
-.PHONY: demo plan engine test test-gpu lint clean
+.PHONY: demo plan engine plugins test test-gpu lint clean
 
 demo: $(READY)
 	$(BIN)/python -m tests.testbed.demo
@@ -32,11 +32,20 @@ engine: $(READY)
 	$(ARROWHEAD) build --plan $(PLAN) $(if $(MODEL),--model $(MODEL)) --output $(OUT) \
 	    --dtype $(DTYPE) --backend $(BACKEND) --verify
 
+# The kernel library. cmake and ninja may be those of the `cuda` extra in $(VENV).
+plugins: export PATH := $(abspath $(BIN)):$(PATH)
+plugins:
+	@for tool in nvcc cmake ninja; do command -v $$tool > /dev/null || { \
+	    echo "make plugins: no $$tool on PATH; needs nvcc (the CUDA toolkit, 12.3 or newer), cmake and ninja" \
+	        "($(BIN)/pip install '.[cuda]', or apt-get install cmake ninja-build)"; exit 2; }; done
+	cmake -S plugins -B build/plugins -G Ninja && cmake --build build/plugins
+
 # One thread a worker: two workers that each start a thread per core only wait for one another.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not trt" -n $(JOBS) --dist loadfile
 
-test-gpu: $(READY)
+# Where there is no nvcc, the tests that need the kernel library say so and are skipped.
+test-gpu: $(READY) $(if $(shell command -v nvcc 2> /dev/null),plugins)
 	$(BIN)/python -m pytest -m "gpu or trt"
 
 lint: $(READY)

@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from plans import sdpa
+from plans import sdpa as _register_sdpa  # noqa: F401  (for runs on CUDA)
 from plans.denoising import check_pipeline
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule, model_spec
 from plans.plan import Plan, Sampler, check_plan
 from plans.processors import BucketHeads, install
-
-sdpa.register()
 
 
 class PlanHeads:

@@ -1,6 +1,7 @@
 """The operators on a GPU that has no kernel library: SDPA in the dtype of the activations.
 
-Same semantics as plans.reference, whose fp32 arithmetic costs a GPU several times the time. SDPA on
+Importing this module registers them; a kernel library then puts its own in their place. Same
+semantics as plans.reference, whose fp32 arithmetic costs a GPU several times the time. SDPA on
 CUDA multiplies in the dtype of q, k, v and accumulates in fp32. For outputs of size 1 the
 difference to the reference is at most 1e-5 in fp32, 3e-3 in fp16 and 2e-2 in bf16.
 """
@@ -63,3 +64,6 @@ def register() -> None:
     """Make these the operators on CUDA, until a kernel library registers its own."""
     ops.arrow_attention.register_kernel("cuda")(arrow_attention)
     ops.cached_head.register_kernel("cuda")(cached_head)
+
+
+register()

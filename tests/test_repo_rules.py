@@ -88,12 +88,14 @@ def test_light_plan_modules_import_only_the_standard_library_and_jsonschema() ->
 @pytest.mark.parametrize(
     ("package", "forbidden", "except_for"),
     [
-        ("plans", {"exporter", "trt_runtime", "onnx", "onnxruntime", "tensorrt"}, ""),
-        ("exporter", {"trt_runtime", "onnxruntime", "tensorrt"}, ""),
+        ("plans", {"exporter", "plugins", "trt_runtime", "onnx", "onnxruntime", "tensorrt"}, ""),
+        ("exporter", {"plugins", "trt_runtime", "onnxruntime", "tensorrt"}, ""),
+        ("plugins", {"exporter", "trt_runtime", "diffusers", "onnx", "onnxscript"}, ""),
         ("trt_runtime", {"exporter"}, "cli"),
         ("trt_runtime", {"onnx", "onnxscript"}, ""),
         ("plans", {"tests"}, ""),
         ("exporter", {"tests"}, ""),
+        ("plugins", {"tests"}, ""),
         ("trt_runtime", {"tests"}, ""),
     ],
 )
@@ -108,6 +110,18 @@ def test_import_contract(package: str, forbidden: set[str], except_for: str) -> 
     assert not wrong
 
 
+def test_kernels_include_only_cuda_and_the_standard_library() -> None:
+    kernels = [path for path in files() if relative(path).startswith("plugins/kernels/")]
+    own = {path.name for path in kernels}
+    wrong = [
+        f"{relative(path)} includes {name}"
+        for path in kernels
+        for name in re.findall(r'^#include [<"](.+)[>"]', path.read_text(), re.MULTILINE)
+        if name not in own and not re.fullmatch(r"cuda\w*\.h|[a-z_]+", name)
+    ]
+    assert kernels and not wrong
+
+
 def test_the_command_line_starts_without_pytorch() -> None:
     code = "import sys, trt_runtime.cli as c; c.parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -115,7 +129,9 @@ def test_the_command_line_starts_without_pytorch() -> None:
 
 def test_sizes() -> None:
     wrong = []
-    for path in python_files():
+    for path in files():
+        if path.suffix not in (".py", ".cpp", ".cu", ".cuh", ".h"):
+            continue
         text = path.read_text()
         lines = text.splitlines()
         if len(lines) > FILE_LINES:
@@ -123,7 +139,7 @@ def test_sizes() -> None:
         wide = [i for i, line in enumerate(lines, 1) if len(line) > COLUMNS]
         if wide:
             wrong.append(f"{relative(path)}:{wide[0]}: wider than {COLUMNS} columns")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else ():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > FUNCTION_LINES:

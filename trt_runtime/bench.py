@@ -15,6 +15,7 @@ from trt_runtime.attachment import attach
 from trt_runtime.bundles import load_transformer, model_source, open_bundle
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.engine import DTYPES
+from trt_runtime.kernels import use_kernels
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
 from trt_runtime.parity import Progress
 from trt_runtime.pipeline import Picture, generate, load_source_pipeline, pictures_per_call
@@ -73,6 +74,8 @@ def end_to_end(
         "versions": versions(),
         "git_commit": git_commit(),
     }
+    if backend == "torch":
+        report["attention"] = use_kernels(device, DTYPES[bundle.dtype])
     if profile and backend == "onnxruntime":
         report["operators"] = {
             name: profile_run(pipe, folder, [prompts[0]] * per_call, name == _DENSE, options, seed)

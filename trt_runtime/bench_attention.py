@@ -6,12 +6,9 @@ power, so each must meet the card in the same state. FLOPs count only the pairs 
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
+import io
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,88 +18,52 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from plans.tiles import CACHED, FULL, TokenLayout, kept_pairs
-from plugins.torch import library
+from plans.errors import ArrowheadError, atomic_write
+from plans.tiles import CACHED
 from plugins.torch.attention import launch, tasks_of
+from plugins.torch.library import load_library
+from trt_runtime.attention_cases import CASES, DENSE, KERNELS, Case, Mix
+from trt_runtime.doctor import device_name, git_commit, versions
 
 PER_GRAPH = 10  # launches captured together
-COPY, DENSE = "memcpy", "all full"
+COPY = "memcpy"
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    """Attention of one model at one size; B rows of one transformer call."""
-
-    batch: int
-    heads: int
-    head_dim: int
-    layout: TokenLayout
-
-
-@dataclass(frozen=True)
-class Mix:
-    full: int
-    arrow: int
-    half_window: int
-    cached: int
-
-    @property
-    def name(self) -> str:
-        groups = ((self.full, "full"), (self.arrow, f"hw{self.half_window}"),
-                  (self.cached, "cached"))  # fmt: skip
-        used = [(n, what) for n, what in groups if n]
-        return f"all {used[0][1]}" if len(used) == 1 else " + ".join(f"{n} {w}" for n, w in used)
-
-    def modes(self) -> list[int]:
-        """One mode per head; which head has which is shuffled, as in a searched plan."""
-        modes = [FULL] * self.full + [self.half_window] * self.arrow + [CACHED] * self.cached
-        random.Random(0).shuffle(modes)
-        return modes
-
-
-@dataclass(frozen=True)
-class Row:
-    case: str
-    mix: str
-    implementation: str
-    share_kept: float
-    ms: float
-    tflops_effective: float
-
-
-def _layout(image: int, text: int, text_first: bool) -> TokenLayout:
-    return TokenLayout(image, text, text_first, block=128)
-
-
-CASES = {
-    "sd3-1k": Case(2, 24, 64, _layout(4096, 333, False)),
-    "sd3-2k": Case(2, 24, 64, _layout(16384, 333, False)),
-    "sd35-large-2k": Case(2, 38, 64, _layout(16384, 333, False)),
-    "flux-1k": Case(1, 24, 128, _layout(4096, 512, True)),
-    "flux-2k": Case(1, 24, 128, _layout(16384, 512, True)),
-}
-MIXES = {
-    "sd3-1k": [Mix(5, 13, 1, 6)],
-    "sd3-2k": [Mix(11, 9, 4, 4), Mix(7, 8, 4, 9), Mix(5, 9, 4, 10)],
-    "sd35-large-2k": [Mix(9, 29, 4, 0)],
-    "flux-1k": [Mix(5, 10, 1, 9)],
-    "flux-2k": [Mix(16, 5, 4, 3), Mix(11, 8, 4, 5), Mix(6, 12, 4, 6), Mix(4, 16, 4, 4)],
-}
-KERNELS = {
-    "arrowhead": library.AUTO,
-    "arrowhead-sm90": library.SM90,
-    "arrowhead-sm90-wide": library.SM90_WIDE,
-    "arrowhead-mma": library.MMA_SYNC,
-}
-BASELINES = ("sdpa-cudnn", "sdpa-flash", "cudnn-uncached", "flex")
-
-
-def mixes_of(name: str) -> list[Mix]:
-    """The pure runs (all full, all arrow V/8, V/16, V/32 wide, all cached), then the mixes."""
-    case = CASES[name]
-    widths = [case.layout.image_tokens // (16 * k * case.layout.block) for k in (1, 2, 4)]
-    pure = [Mix(case.heads, 0, 0, 0), *(Mix(0, case.heads, w, 0) for w in widths if w > 0)]
-    return [*pure, Mix(0, 0, 0, case.heads), *MIXES[name]]
+def measure_attention(
+    cases: Sequence[str],
+    implementations: Sequence[str],
+    *,
+    launches: int,
+    rounds: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Time the mixes of some CASES; raise ArrowheadError without a GPU or the kernel library."""
+    if not torch.cuda.is_available():
+        raise ArrowheadError(
+            "bench attention",
+            got="no GPU that this PyTorch can use",
+            expected="an NVIDIA GPU of compute capability 8.0 or higher",
+            fix="run it where there is one; `arrowhead doctor` says what this machine has",
+        )
+    load_library()
+    rows: list[Row] = []
+    for i, name in enumerate(cases):
+        if progress is not None:
+            progress(name, i, len(cases))
+        rows += bench_case(name, implementations, launches, rounds)
+        torch.cuda.empty_cache()
+    return {
+        "device": device_name("cuda"),
+        "dtype": "bfloat16",
+        "launches": launches,
+        "rounds": rounds,
+        "cudnn": torch.backends.cudnn.version(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "rows": rows,
+    }
 
 
 class Problem:
@@ -132,7 +93,7 @@ class Problem:
 
     def computed(self, mix: Mix) -> list[Tensor]:
         """q, k, v of the heads that are not cached, as a plan's pruned projections give them."""
-        return [x[:, :, : mix.full + mix.arrow].contiguous() for x in (self.q, self.k, self.v)]
+        return [x[:, :, : mix.computed].contiguous() for x in (self.q, self.k, self.v)]
 
     def dense(self, heads: int, backend: SDPBackend) -> Callable[[], Any]:
         q, k, v = (x[:, :, :heads].transpose(1, 2) for x in (self.q, self.k, self.v))
@@ -163,23 +124,17 @@ class Problem:
         compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
         return partial(compiled, q, k, v, block_mask=mask, scale=self.scale)
 
-    def share_kept(self, mix: Mix) -> float:
-        layout = self.case.layout
-        kept = sum(kept_pairs(layout, mode) for mode in mix.modes())
-        return kept / (self.case.heads * layout.seq_len**2)
-
     def runners(self, mix: Mix, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
         """What is timed for one mix. Dense baselines belong to the mix in which all is full."""
         runners = {n: self.fused(mix, KERNELS[n]) for n in names if n in KERNELS}
-        computed = mix.full + mix.arrow
         if mix.full == self.case.heads:
             for name, backend in (("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
                                   ("sdpa-flash", SDPBackend.FLASH_ATTENTION)):  # fmt: skip
                 if name in names:
-                    runners[name] = self.dense(computed, backend)
-        elif "cudnn-uncached" in names and mix.cached and computed:
-            runners["cudnn-uncached"] = self.dense(computed, SDPBackend.CUDNN_ATTENTION)
-        if "flex" in names and computed:
+                    runners[name] = self.dense(mix.full, backend)
+        elif "cudnn-uncached" in names and mix.cached and mix.computed:
+            runners["cudnn-uncached"] = self.dense(mix.computed, SDPBackend.CUDNN_ATTENTION)
+        if "flex" in names and mix.computed:
             runners["flex"] = self.flex(mix)
         if mix.cached == self.case.heads:
             runners[COPY] = partial(self.out.copy_, self.cache)
@@ -220,99 +175,80 @@ def time_rounds(
 
 
 def bench_case(name: str, implementations: Sequence[str], launches: int, rounds: int) -> list[Row]:
-    """Time all mixes of a case in one rotation."""
-    problem = Problem(CASES[name])
+    """Time all mixes of a case in one rotation: medians, TFLOP/s on the pairs each mix keeps."""
+    case = CASES[name]
+    problem = Problem(case)
     entries = [
         (mix, what, capture(run))
-        for mix in mixes_of(name)
+        for mix in case.mixes()
         for what, run in problem.runners(mix, implementations).items()
     ]
     times = time_rounds([graph for _, _, graph in entries], launches, rounds)
-    case = problem.case
     dense_flop = 4.0 * case.batch * case.heads * case.layout.seq_len**2 * case.head_dim
     rows = []
     for (mix, what, _), samples in zip(entries, times, strict=True):
-        share, ms = problem.share_kept(mix), statistics.median(samples)
-        rows.append(Row(name, mix.name, what, share, ms, dense_flop * share / ms / 1e9))
+        share, ms = case.share_kept(mix), statistics.median(samples)
+        rows.append(
+            {
+                "case": name,
+                "mix": mix.name,
+                "implementation": what,
+                "share_kept": share,
+                "ms": ms,
+                "tflops_effective": dense_flop * share / ms / 1e9,
+            }
+        )
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One line a row; speed-ups are over dense cuDNN and over this kernel's own dense time."""
-    lines = [f"{'case':14} {'mix':28} {'implementation':20} {'kept':>6} {'ms':>8} {'TFLOP/s':>8} "
-             f"{'x cuDNN':>8} {'of ideal':>8}"]  # fmt: skip
+HEADER = ("case", "mix", "implementation", "kept", "ms", "TFLOP/s", "x cuDNN", "of ideal")
+
+
+def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Give the cells of every row.
+
+    x cuDNN: times as fast as dense cuDNN. of ideal: against this implementation's own dense time,
+    scaled by the share of pairs kept.
+    """
+    dense = {(r["case"], r["implementation"]): r["ms"] for r in rows if r["mix"] == DENSE}
+    cells: list[tuple[str, ...]] = []
     for row in rows:
-        cudnn = _ms(rows, row.case, "sdpa-cudnn")
-        own = _ms(rows, row.case, row.implementation)
-        speed_up = f"{cudnn / row.ms:8.2f}" if cudnn else " " * 8
-        ideal = f"{own * row.share_kept / row.ms:8.2f}" if own else ""
-        lines.append(
-            f"{row.case:14} {row.mix:28} {row.implementation:20} {row.share_kept:6.3f} "
-            f"{row.ms:8.4f} {row.tflops_effective:8.1f} {speed_up} {ideal}"
+        share, ms = row["share_kept"], row["ms"]
+        cudnn = dense.get((row["case"], "sdpa-cudnn"))
+        own = dense.get((row["case"], row["implementation"]))
+        cells.append(
+            (
+                row["case"],
+                row["mix"],
+                row["implementation"],
+                f"{share:.3f}",
+                f"{ms:.4f}",
+                f"{row['tflops_effective']:.1f}",
+                f"{cudnn / ms:.2f}" if cudnn else "-",
+                f"{own * share / ms:.2f}" if own else "-",
+            )
         )
-    return "\n".join(lines)
+    return cells
 
 
-def _ms(rows: Sequence[Row], case: str, implementation: str) -> float | None:
-    wanted = (case, DENSE, implementation)
-    return next((r.ms for r in rows if (r.case, r.mix, r.implementation) == wanted), None)
+def draw_roofline(rows: Sequence[Row], path: Path) -> None:
+    """Draw effective TFLOP/s over the share kept: a flat line is speed that follows the work."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Effective TFLOP/s against the share kept: a flat line is speed that follows the work."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for line in dict.fromkeys((row.case, row.implementation) for row in rows):
+    figure = Figure(figsize=(8, 5))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for line in dict.fromkeys((row["case"], row["implementation"]) for row in rows):
         points = sorted(
-            (r.share_kept, r.tflops_effective)
-            for r in rows
-            if (r.case, r.implementation) == line and r.share_kept
+            (row["share_kept"], row["tflops_effective"])
+            for row in rows
+            if (row["case"], row["implementation"]) == line and row["share_kept"]
         )
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=" ".join(line))
     axes.set(xscale="log", xlabel="share of query/key pairs kept", ylabel="effective TFLOP/s")
     axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = (*KERNELS, *BASELINES)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument(
-        "--implementation", nargs="+", choices=names, default=["arrowhead", *BASELINES]
-    )
-    parser.add_argument("--launches", type=int, default=200, help="a round, per implementation")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="write a roofline plot here")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    rows: list[Row] = []
-    for name in arguments.case:
-        rows += bench_case(name, arguments.implementation, arguments.launches, arguments.rounds)
-        torch.cuda.empty_cache()
-    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                "cudnn": torch.backends.cudnn.version(), "launches": arguments.launches,
-                "rounds": arguments.rounds}  # fmt: skip
-    if arguments.json:
-        document = {**versions, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot)
-    print(", ".join(f"{key} {value}" for key, value in versions.items()))
-    print(table(rows))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
+    atomic_write(path, data.getvalue())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.accounting import account
+from trt_runtime.cli_attention import add_attention
 from trt_runtime.cli_common import (
     Verbs,
     add_backend,
@@ -71,11 +72,13 @@ def _add_bench(verbs: Verbs) -> None:
         verbs,
         "bench",
         bench,
-        "time pictures, or hold their quality against what is saved",
+        "time pictures or attention alone, or hold quality against what is saved",
         "  arrowhead bench e2e bundle\n"
+        "  arrowhead bench attention --json attention.json\n"
         "  arrowhead bench quality --model my-model --prompts captions.txt --output quality",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    add_attention(actions)
     add_quality(actions)
     parser = add_verb(
         actions,

@@ -13,6 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from plans.errors import ArrowheadError
+from plugins.torch.library import find_library, load_library
+
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -23,7 +26,6 @@ _PACKAGES = (
     "onnxruntime-gpu",
     "tensorrt",
 )
-_PLUGIN = "libarrowhead_trt.so"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def examine() -> list[Finding]:
         _onnxruntime_cuda(),
         _tensorrt(),
         _tensorrt_library(),
-        _plugin(),
+        _kernel_library(),
         _nvcc(),
     ]
 
@@ -204,18 +206,13 @@ def _tensorrt_library() -> Finding:
     )
 
 
-def _plugin() -> Finding:
-    path = Path(__file__).parents[1] / "build" / "plugins" / _PLUGIN
-    good_for = "arrow attention as one GPU kernel; the ONNX function bodies run without it"
-    if path.is_file():
-        return Finding("kernel library", True, str(path), good_for)
-    return Finding(
-        "kernel library",
-        False,
-        f"no {_PLUGIN}",
-        good_for,
-        "nothing yet: this version comes without it",
-    )
+def _kernel_library() -> Finding:
+    good_for = "backend torch with --device cuda, fp16 and bf16: attention as one kernel"
+    try:
+        load_library()
+    except ArrowheadError as error:
+        return Finding("kernel library", False, str(error.got), good_for, error.fix)
+    return Finding("kernel library", True, str(find_library()), good_for)
 
 
 def _nvcc() -> Finding:
@@ -224,6 +221,6 @@ def _nvcc() -> Finding:
         "nvcc",
         path is not None,
         path or "not on PATH",
-        "building the kernel library",
-        "" if path else "the CUDA toolkit, 13.0 or newer",
+        "building the kernel library: make plugins",
+        "" if path else "the CUDA toolkit, 12.3 or newer",
     )

@@ -17,6 +17,7 @@ from plans.plan import Plan, save_plan
 from plans.run import run_plan
 from plans.search import search_plan
 from trt_runtime.doctor import device_name, git_commit, versions
+from trt_runtime.kernels import use_kernels
 from trt_runtime.marks import RESAMPLES, Drawn, Judge, Verdicts
 from trt_runtime.parity import Progress
 from trt_runtime.quality_report import open_report, save_report
@@ -42,7 +43,12 @@ def measure_quality(
     check_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
     report = open_report(folder, _settings_record(pipe, settings), resume)
-    report |= {"batch": settings.batch, "versions": versions(), "git_commit": git_commit()}
+    report |= {
+        "batch": settings.batch,
+        "attention": use_kernels(pipe.device, pipe.transformer.dtype),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
     made = {(row["variant"], row["delta"], row["steps"]) for row in report["rows"]}
     todo = [point for point in points(settings) if point.key not in made]
     if not todo:

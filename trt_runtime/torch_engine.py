@@ -17,6 +17,7 @@ from plans.errors import ArrowheadError
 from plans.plan import Plan
 from plans.processors import BucketHeads, install
 from trt_runtime.engine import CACHE_IN, CACHE_OUT, check_buffers
+from trt_runtime.kernels import use_kernels
 
 
 class TorchEngine:
@@ -47,6 +48,7 @@ class TorchEngine:
                 fix="leave the first `with` block, or make another engine",
             )
         if self._bucket is not None:
+            use_kernels(self.device, next(self.transformer.parameters()).dtype)
             self._heads = BucketHeads(self._plan, self._bucket, self.device)
             install(self.transformer, self._plan.modules, self._heads)()  # checks, changes nothing
         self._constants = position_ids(self._plan, self.device)

@@ -30,7 +30,7 @@ from plugins.torch.library import (
 )
 
 Tokens = Tensor | tuple[Tensor | None, Tensor | None]  # [B, S, h, D], or text and image apart
-_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1}
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # plugins/kernels/params.h: Element
 _WORKSPACE_BYTES = 16
 
 
@@ -87,7 +87,7 @@ def launch(
     tokens = _tokens(out, text_tokens)
     params = AttentionParams()
     params.struct_size = ctypes.sizeof(AttentionParams)
-    params.element = _ELEMENTS[sample.dtype]
+    params.element = DTYPES[sample.dtype]
     params.kernel = kernel
     params.batch, params.heads, params.head_dim = sample.shape[0], sample.shape[2], sample.shape[3]
     params.image_tokens, params.text_tokens, params.block = tokens, text_tokens, block
@@ -162,8 +162,17 @@ def _loadable(x: Tensor) -> Tensor:
     return x if is_loadable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def _supports(q: Tensor, heads: int) -> bool:
-    return q.dtype in _ELEMENTS and q.shape[3] in (64, 128) and 1 <= heads <= MAX_HEADS
+def _supports(q: Tensor, k: Tensor, v: Tensor, heads: int, cache: Tensor | None = None) -> bool:
+    """Say whether the kernel takes these; it is told q's sizes only, so all must share them."""
+    kept = q if cache is None else cache
+    return (
+        q.dtype in DTYPES
+        and q.shape[3] in (64, 128)
+        and 1 <= heads <= MAX_HEADS
+        and all((x.shape, x.dtype, x.device) == (q.shape, q.dtype, q.device) for x in (k, v))
+        and kept.device == q.device
+        and (kept.shape[:2], kept.shape[3]) == (q.shape[:2], q.shape[3])
+    )
 
 
 def arrow_attention(
@@ -176,8 +185,11 @@ def arrow_attention(
     block: int,
     half_windows: Sequence[int],
 ) -> Tensor:
-    """plans.reference.arrow_attention by the fused kernel: [B, S, h, D] -> [B, S, h, D]."""
-    if not _supports(q, q.shape[2]):
+    """plans.reference.arrow_attention by the fused kernel: [B, S, h, D] -> [B, S, h, D].
+
+    What the kernel does not take (fp32, other head dims) goes to plans.sdpa, here and below.
+    """
+    if not _supports(q, k, v, q.shape[2]):
         return sdpa.arrow_attention(q, k, v, scale, text_tokens, text_first, block, half_windows)
     reference._check(q, text_tokens, block, half_windows)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -201,7 +213,7 @@ def cached_head(
     source: Sequence[int],
 ) -> Tensor:
     """plans.reference.cached_head by the fused kernel: one launch computes, copies and merges."""
-    if not _supports(q, len(source)):
+    if not _supports(q, k, v, len(source), cache):
         return sdpa.cached_head(
             q, k, v, cache, scale, text_tokens, text_first, block, half_windows, source
         )

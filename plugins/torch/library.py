@@ -76,10 +76,18 @@ def load_library() -> ctypes.CDLL:
             expected="libarrowhead.so",
             fix=f"run `make plugins` (needs nvcc), or set {VARIABLE} to its path",
         )
-    library = ctypes.CDLL(str(path))
-    library.arrowhead_error_string.restype = ctypes.c_char_p
-    library.arrowhead_attention.argtypes = [ctypes.POINTER(AttentionParams), ctypes.c_void_p]
-    size = library.arrowhead_params_size()
+    try:
+        library = ctypes.CDLL(str(path))
+        library.arrowhead_error_string.restype = ctypes.c_char_p
+        library.arrowhead_attention.argtypes = [ctypes.POINTER(AttentionParams), ctypes.c_void_p]
+        size = library.arrowhead_params_size()
+    except (OSError, AttributeError) as error:
+        raise ArrowheadError(
+            "kernel library",
+            got=f"another kind of file ({error})",
+            expected="libarrowhead.so for this machine's processor",
+            fix="build it on this machine: `make plugins`",
+        ) from error
     if size != ctypes.sizeof(AttentionParams):
         raise ArrowheadError(
             "kernel library",

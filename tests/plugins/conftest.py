@@ -12,6 +12,9 @@ import pytest
 from plugins.torch.library import TokenLayout
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
+NO_LIBRARY = "no libarrowhead.so: run `make plugins`" + (
+    "" if shutil.which("nvcc") else ", which needs nvcc, and there is none on PATH"
+)
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,14 @@ from plans.errors import ArrowheadError
 from plans.tiles import CACHED
 from plugins.torch import attention, library
 from plugins.torch.attention import launch, tasks_of
+from tests.plugins.conftest import NO_LIBRARY
 from tests.plugins.gpu_cases import Case, cases, check, inputs, run
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU: the kernels are not run", allow_module_level=True)
 if library.find_library() is None:
-    pytest.skip("no libarrowhead.so: run `make plugins`", allow_module_level=True)
+    pytest.skip(NO_LIBRARY, allow_module_level=True)
 
 HOPPER = torch.cuda.get_device_capability() == (9, 0)
 KERNELS = [library.SM90, library.SM90_WIDE, library.MMA_SYNC] if HOPPER else [library.MMA_SYNC]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from plans.errors import ArrowheadError
 from plugins.torch import library
 from plugins.torch.library import AttentionParams, TensorView
+from tests.plugins.conftest import NO_LIBRARY
 
 INVALID_VALUE, NO_DEVICE_ERRORS, MISALIGNED = 1, {35, 100}, 716
-built = pytest.mark.skipif(
-    library.find_library() is None, reason="no libarrowhead.so: run `make plugins`"
-)
+built = pytest.mark.skipif(library.find_library() is None, reason=NO_LIBRARY)
 
 
 def valid_params() -> AttentionParams:
@@ -83,9 +83,17 @@ def test_the_library_exports_its_own_names_only() -> None:
     assert names and all(name.startswith("arrowhead_") for name in names)
 
 
-def test_an_absent_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.VARIABLE, "/nowhere/libarrowhead.so")
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no file at"), (b"not ELF", "another kind of file")]
+)
+def test_a_library_that_cannot_be_loaded_is_named(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "libarrowhead.so"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv(library.VARIABLE, str(path))
     library.load_library.cache_clear()
-    with pytest.raises(ArrowheadError, match="make plugins"):
+    with pytest.raises(ArrowheadError, match=f"{message}.*make plugins"):
         library.load_library()
     library.load_library.cache_clear()

@@ -1,0 +1,81 @@
+"""The verb bench attention: the kernels alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trt_runtime.attention_cases import BASELINES, CASES, KERNELS
+from trt_runtime.cli_common import (
+    Verbs,
+    add_json,
+    add_verb,
+    make_parent,
+    progress_bar,
+    show_table,
+    write_json,
+)
+
+
+def add_attention(actions: Verbs) -> None:
+    """Add `attention` to the actions of bench."""
+    parser = add_verb(
+        actions,
+        "attention",
+        attention,
+        "time attention alone on a GPU: the kernel library against what PyTorch has",
+        "  arrowhead bench attention\n"
+        "  arrowhead bench attention --case flux-2k --implementation arrowhead sdpa-cudnn \\\n"
+        "      --launches 400 --json attention.json --plot roofline.png",
+    )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="CASE",
+        help=f"some of {', '.join(CASES)} (default: all)",
+    )
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        choices=(*KERNELS, *BASELINES),
+        default=["arrowhead", *BASELINES],
+        metavar="NAME",
+        help=f"some of {', '.join((*KERNELS, *BASELINES))} (default: the kernel the device gets, "
+        "and those that are not arrowhead's)",
+    )
+    parser.add_argument(
+        "--launches", type=int, default=200, metavar="N", help="of one round (default 200)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed (default 5)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw TFLOP/s over the share of pairs kept"
+    )
+    add_json(parser)
+
+
+def attention(arguments: argparse.Namespace) -> int:
+    """Time the cases and print the table."""
+    from trt_runtime.bench_attention import HEADER, draw_roofline, measure_attention, table
+
+    with progress_bar() as progress:
+        report = measure_attention(
+            arguments.case,
+            arguments.implementation,
+            launches=arguments.launches,
+            rounds=arguments.rounds,
+            progress=progress,
+        )
+    if arguments.json:
+        write_json(report, arguments.json)
+    if arguments.plot:
+        make_parent(arguments.plot)
+        draw_roofline(report["rows"], arguments.plot)
+    if arguments.json != "-":
+        title = (
+            f"{report['device']}, {report['dtype']}: medians of {report['rounds']} rounds of "
+            f"{report['launches']} launches"
+        )
+        show_table(title, HEADER, table(report["rows"]))
+    return 0
