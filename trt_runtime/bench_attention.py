@@ -179,11 +179,11 @@ def bench_case(name: str, implementations: Sequence[str], launches: int, rounds:
     case = CASES[name]
     problem = Problem(case)
     entries = [
-        (mix, what, capture(run))
+        (mix, what, run)  # a graph does not own the tensors that its launches read
         for mix in case.mixes()
         for what, run in problem.runners(mix, implementations).items()
     ]
-    times = time_rounds([graph for _, _, graph in entries], launches, rounds)
+    times = time_rounds([capture(run) for _, _, run in entries], launches, rounds)
     dense_flop = 4.0 * case.batch * case.heads * case.layout.seq_len**2 * case.head_dim
     rows = []
     for (mix, what, _), samples in zip(entries, times, strict=True):
