@@ -154,8 +154,8 @@ def test_top_level() -> None:
 
 def test_no_machine_paths_or_registries() -> None:
     # Put together here, so that this file does not match itself.
-    patterns = ["/" + "work/", "/" + "home/[a-z]", "/" + "root/", "index" + "-url",
-                "https?://[^ \"]*/" + "simple/"]  # fmt: skip
+    patterns = ["/" + "work/", "/" + "home/[a-z]", "/" + "root/", '": "/' + "tmp/",
+                "index" + "-url", "https?://[^ \"]*/" + "simple/"]  # fmt: skip
     pattern = re.compile("|".join(patterns))
     wrong = []
     for path in files():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.testbed import models, scenes
-from tests.testbed.fit_parts import Clock, follow
+from tests.testbed.fit_parts import Clock, fit_words, follow
 from tests.testbed.scenes import Scenes
 
 CAPTION_DROPOUT = {"tiny-sd3": 0.1, "tiny-flux": 0.0}  # only SD3 has classifier-free guidance
+# Share of a batch at sigmas of 0.8..1, besides those drawn there: where the caption alone tells
+# what is where, and the order of its words is learned.
+LAYOUT_SHARE = {"tiny-sd3": 0.0, "tiny-flux": 0.25}
 
 
 def _tokenized(pipe: DiffusionPipeline, drawn: Scenes, device: str) -> tuple[Tensor, Tensor]:
@@ -52,14 +56,17 @@ class Muon(torch.optim.Optimizer):
             grads = torch.stack([p.grad for p in params])
             speed = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
             speed.lerp_(grads, 1 - group["momentum"])
+            tall = shape[0] > shape[1]
             update = grads.lerp_(speed, group["momentum"]).bfloat16()
+            update = update.mT if tall else update
             update /= update.norm(dim=(1, 2), keepdim=True) + 1e-7
             for _ in range(5):  # Newton-Schulz steps, coefficients of the reference
                 gram = update @ update.mT
                 gram = -4.7750 * gram + 2.0315 * gram @ gram
                 update = 3.4445 * update + gram @ update
             scale = group["lr"] * 0.2 * math.sqrt(max(shape))  # the RMS of an AdamW step
-            torch._foreach_add_(params, list(update.float().unbind()), alpha=-scale)
+            update = (update.mT if tall else update).float()
+            torch._foreach_add_(params, list(update.unbind()), alpha=-scale)
 
 
 def _optimizers(transformer: nn.Module, encoders: nn.ModuleList) -> list[torch.optim.Optimizer]:
@@ -107,20 +114,21 @@ def velocity(
 class PipelineFit:
     """Fits a transformer and its text encoders by rectified flow (Esser et al., 2024).
 
-    data: scenes and their latents [n, 8, 64, 64]. The saved weights are a running average.
+    latents: [n, 8, 64, 64]; captions: their CLIP and T5 ids, [n, phrasings, length] each. The
+    weights it leaves are a running average.
     """
 
     def __init__(
         self,
         name: str,
         pipe: DiffusionPipeline,
-        data: tuple[Scenes, Tensor],
+        latents: Tensor,
+        captions: tuple[Tensor, Tensor],
         device: str,
         compiled: bool,
     ) -> None:
         self.name, self.pipe, self.device = name, pipe, device
-        self.scenes, self.latents = data
-        self.captions = _tokenized(pipe, self.scenes, device)
+        self.latents, self.captions = latents, captions
         self.no_caption = [ids.to(device) for ids in models.token_ids(pipe, [""])]
         self.transformer = pipe.transformer.to(device).train()
         self.encoders = models.text_encoders(pipe).to(device).train()
@@ -161,6 +169,7 @@ class PipelineFit:
         clean = (self.latents[pick].float() - config.shift_factor) * config.scaling_factor
         noise = torch.randn_like(clean)
         sigma = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
+        sigma[: int(LAYOUT_SHARE[self.name] * batch)].uniform_(0.8, 1)
         with torch.autocast(device, torch.bfloat16):
             text = models.encode_text(self.encoders, clip, t5)
             noisy = clean.lerp(noise, sigma[:, None, None, None])
@@ -169,18 +178,11 @@ class PipelineFit:
 
 
 def start_pipeline(name: str, vae: AutoencoderKL, folder: Path) -> DiffusionPipeline:
-    """Load `folder`/name to train it further, or save and load a new one (saving fixes its words).
-
-    A new tiny-flux starts from the text encoders of `folder`/tiny-sd3, if that is there.
-    """
+    """Load `folder`/name to train it on, or save and load a new one: saving fixes its words."""
     start = folder / name
     if not start.exists():
         start = folder / f"{name}-untrained"
-        untrained = models.make_pipeline(name, vae)
-        if name == "tiny-flux" and (folder / "tiny-sd3").exists():
-            sd3 = DiffusionPipeline.from_pretrained(str(folder / "tiny-sd3"), transformer=None)
-            models.share_text_encoders(untrained, sd3)
-        untrained.save_pretrained(start)
+        models.make_pipeline(name, vae).save_pretrained(start)
     return DiffusionPipeline.from_pretrained(str(start), torch_dtype=torch.float32)
 
 
@@ -191,14 +193,21 @@ def fit_pipeline(
     folder: Path,
     *,
     minutes: float,
+    word_minutes: float,
     device: str,
     batch: int,
     compiled: bool,
 ) -> None:
     """Train `folder`/name, and save it there in fp16 with a few captions to calibrate plans on."""
     torch.manual_seed(0)
+    drawn, latents = data
     pipe = start_pipeline(name, vae, folder)
-    PipelineFit(name, pipe, data, device, compiled).run(minutes, batch)
+    captions = _tokenized(pipe, drawn, device)
+    if name == "tiny-flux" and not (folder / name).exists():
+        fit_words(pipe.text_encoder_2, captions[1], drawn, word_minutes, device)
+    PipelineFit(name, pipe, latents, captions, device, compiled).run(minutes, batch)
     pipe.to("cpu", torch.float16).save_pretrained(folder / name)
-    texts = [scenes.caption(scenes.facts(data[0], i)) for i in range(8)]
+    for path in (folder / name).rglob("*.json"):  # where it was trained is nobody's business
+        path.write_text(re.sub(r'\s*"_name_or_path": ".*",', "", path.read_text()))
+    texts = [scenes.caption(scenes.facts(drawn, i)) for i in range(8)]
     (folder / name / "calibration_prompts.txt").write_text("\n".join(texts) + "\n")

@@ -126,7 +126,7 @@ def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 
 def _t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    return T5EncoderModel(
+    encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=192,
@@ -141,6 +141,21 @@ def _t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
             decoder_start_token_id=0,
         )
     )
+    start_with_word_order(encoder)
+    return encoder
+
+
+def start_with_word_order(encoder: T5EncoderModel) -> None:
+    """Let head 0 begin by looking at the words just before, head 1 at those just after.
+
+    From the usual start, with no order at all, it takes a small T5 far longer to learn which words
+    belong together.
+    """
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data
+    distance = torch.tensor([*range(8), *range(8, 40, 4)], dtype=bias.dtype)  # T5's buckets, about
+    before, after = slice(0, 16), slice(16, 32)
+    for head, near, far in ((0, before, after), (1, after, before)):
+        bias[near, head], bias[far, head] = -0.5 * distance, -6.0
 
 
 def make_pipeline(name: str, vae: AutoencoderKL) -> DiffusionPipeline:
@@ -223,14 +238,3 @@ def encode_text(encoders: nn.ModuleList, clip_ids: Tensor, t5_ids: Tensor) -> tu
     t5 = encoders[2](t5_ids)[0]
     clip = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
     return torch.cat([clip, t5], 1), pooled
-
-
-def share_text_encoders(flux: FluxPipeline, sd3: StableDiffusion3Pipeline) -> None:
-    """Start tiny-flux from tiny-sd3's CLIP and T5, as the real models share theirs."""
-    flux.register_modules(tokenizer=sd3.tokenizer, tokenizer_2=sd3.tokenizer_3)
-    flux.text_encoder_2.load_state_dict(sd3.text_encoder_3.state_dict())
-    ours = {k.removeprefix("text_model."): v for k, v in flux.text_encoder.named_parameters()}
-    theirs = {k.removeprefix("text_model."): v for k, v in sd3.text_encoder.named_parameters()}
-    with torch.no_grad():
-        for name, weight in ours.items():
-            weight.copy_(theirs[name])

@@ -180,7 +180,14 @@ def caption(stated: Sequence[Fact]) -> str:
 
 
 def parse_caption(text: str) -> list[Fact]:
-    """Invert `caption`. Raises ValueError on a text that no scene has."""
+    """Invert `caption`. Raises ValueError on a text that is none."""
+    try:
+        return _parse(text)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"not a caption of a scene: {text!r}") from error
+
+
+def _parse(text: str) -> list[Fact]:
     colours, grounds = list(COLOURS), list(GROUNDS)
     places = {name: r * GRID + c for r, row in enumerate(PLACES) for c, name in enumerate(row)}
     *clauses, last = text.split(", ")

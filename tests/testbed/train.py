@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/testbed"))
     parser.add_argument("--minutes", type=float, default=9.0, help="for each pipeline")
+    parser.add_argument("--word-minutes", type=float, default=0.5, help="for tiny-flux's T5")
     parser.add_argument("--vae-minutes", type=float, default=2.0)
     parser.add_argument("--reader-minutes", type=float, default=0.7)
     parser.add_argument("--scenes", type=int, default=120_000)
@@ -57,6 +58,7 @@ def main() -> None:
             (drawn, latents),
             args.out,
             minutes=args.minutes,
+            word_minutes=args.word_minutes,
             device=args.device,
             batch=args.batch,
             compiled=not args.no_compile,
