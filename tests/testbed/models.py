@@ -38,6 +38,16 @@ from tests.testbed import scenes
 CLIP_LENGTH, T5_LENGTH = 48, 49  # tokens; SD3 sees 97 text tokens, a multiple of no block
 LATENT_SIDE, LATENT_CHANNELS = 64, 8
 NAMES = ("tiny-sd3", "tiny-flux")
+TESTBED = Path(__file__).parent
+
+
+def missing(name: str) -> str | None:
+    """Say how a pipeline that is not saved in the testbed is made; None if it is there."""
+    if (TESTBED / name / "model_index.json").is_file():
+        return None
+    return (
+        f"{name} is not saved in {TESTBED.name}: python -m tests.testbed.train trains it on a GPU"
+    )
 
 
 def _corpus() -> list[str]:

@@ -12,10 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from plans.models import AttentionModule
 from plans.tiles import TokenLayout
 from tests.testbed import attention_maps, models
+from tests.testbed.conftest import require
 from tests.testbed.evaluate import held_out_captions
 from trt_runtime.pipeline import load_source_pipeline
 
-TESTBED = Path(__file__).parent
 ROWS, COLUMNS, TEXT = 4, 6, 5
 
 
@@ -65,7 +65,8 @@ def test_change_is_that_of_the_last_row_since_the_step_before() -> None:
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_heads_differ(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipe = load_source_pipeline(str(TESTBED / name), dtype=torch.float32)
+    require(name)
+    pipe = load_source_pipeline(str(models.TESTBED / name), dtype=torch.float32)
     views = attention_maps.watch(pipe, held_out_captions(1)[0], 3, 1, 3.0)
     assert len(views) == 4 * (6 if name == "tiny-sd3" else 8)
     near = [view.gaze.band[-1] for view in views]
