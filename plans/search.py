@@ -1,4 +1,4 @@
-"""Find a plan in one progressive denoising run, merge its steps, and measure what came out."""
+"""Find a plan: record what every mode would err in one run, choose, and measure what came out."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from plans.accounting import account
+from plans.buckets import Choice, check_bucket_limit, choose_buckets
 from plans.denoising import Denoising, Prompts, denoise, dense_plan_of
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule
 from plans.plan import Bucket, Plan
-from plans.scores import HeadErrors, MeasureHeads, SearchHeads, pairs_saved
-from plans.solver import check_bucket_limit, merge_steps
+from plans.strategies import ChooseHeads, HeadErrors, MeasureHeads, Recorder, pairs_saved
 from plans.tiles import CACHED, FULL, candidate_half_windows, kept_pairs
 
 CANDIDATES = ("arrow", "cache")
+METHODS = ("joint", "progressive")
+AGES = 10  # steps that a cached head may be old
+_AIM = 0.95  # of the bound, to the power of the attempts
 METRIC = "relative squared error per head: mean (O_m - O)^2 / mean (O - mean O)^2, in fp32"
 
 Progress = Callable[[str, int, int, float], None]  # stage, steps done, steps, saving so far
@@ -36,11 +41,12 @@ def search_plan(
     divisors: Sequence[int] = (8, 16, 32),
     candidates: Sequence[str] = CANDIDATES,
     block: int = 128,
-    max_buckets: int = 6,
+    method: str = "joint",
+    max_buckets: int = 4,
     guidance_scale: float,
     max_sequence_length: int | None = None,
     seed: int = 0,
-    rounds: int = 4,
+    rounds: int = 6,
     source: Path | str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -48,55 +54,133 @@ def search_plan(
     """Search a plan for a StableDiffusion3Pipeline or FluxPipeline at one size and step count.
 
     delta bounds the sum over heads of relative squared errors in each (step, module), and
-    cap_factor * delta / H each head's; both hold in the final measurement. source: the pipeline's
-    local folder or hub id, for the plan's model reference. Raises ArrowheadError for pipelines
-    that are not planned for, by name.
+    cap_factor * delta / H each head's; both hold in the final measurement. method: "joint" chooses
+    at most max_buckets buckets, their modes and the schedule together (plans.buckets);
+    "progressive" is DiTFastAttnV2's, step by step, with a graph for each step; it is also what
+    "joint" does where there may be as many buckets as steps. source: the pipeline's local folder or
+    hub id, for the plan's model reference. Raises ArrowheadError for pipelines that are not planned
+    for, by name.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, steps, height, width, guidance_scale, max_sequence_length, seed)
-    _check_arguments(settings, delta, cap_factor, candidates)
+    _check_arguments(settings, delta, cap_factor, candidates, method)
     check_bucket_limit(max_buckets)
     report = progress or (lambda *_: None)
     bare = dense_plan_of(pipe, settings, block, source, revision)
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
-    strategy = SearchHeads(bare.modules, modes, delta, cap_factor)
-    unmerged = _progressive_run(pipe, settings, bare, strategy, report)
-    plan = _merged(bare, strategy, delta, cap_factor, max_buckets)
-    plan, errors, measured = _mend(pipe, settings, plan, modes, delta, cap_factor, rounds, report)
+    bounds = Bounds(delta, cap_factor)
+    if max_buckets >= steps:
+        method = "progressive"
+    if method == "joint":
+        found = _joint(pipe, settings, bare, modes, bounds, max_buckets, rounds, report)
+    else:
+        plan = _progressive(pipe, settings, bare, modes, bounds, report)
+        found = _raised(pipe, settings, plan, modes, bounds, rounds, report)
+    plan, errors, measurements = found
     sums = {m.name: [float(f"{sum(e[m.name]):.6g}") for e in errors] for m in plan.modules}
     record = _run_record(pipe, settings) | dict(
-        delta=delta, cap_factor=cap_factor, candidates=list(candidates), divisors=list(divisors),
-        max_buckets=max_buckets, saving_unmerged=unmerged, measurements=measured,
-        seconds=round(time.perf_counter() - begin, 3), errors=sums,
+        method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
+        divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
+        measurements=measurements, seconds=round(time.perf_counter() - begin, 3), errors=sums,
     )  # fmt: skip
     accounting = account(plan, batch=2 if plan.sampler.cfg else 1)
     return replace(plan, search=record, accounting=accounting)
 
 
-def _merged(
-    bare: Plan, strategy: SearchHeads, delta: float, cap_factor: float, max_buckets: int
+class Bounds(NamedTuple):
+    """Of a module's errors at a step: their sum, and a head's share times the head count."""
+
+    delta: float
+    cap_factor: float
+
+    def broken(self, modules: Sequence[AttentionModule], errors: HeadErrors) -> bool:
+        """Whether any sum or head is over its bound at any step."""
+        return any(
+            sum(row[m.name]) > self.delta
+            or max(row[m.name]) > self.cap_factor * self.delta / m.heads
+            for row in errors
+            for m in modules
+        )
+
+
+def _joint(
+    pipe: Any,
+    settings: Denoising,
+    bare: Plan,
+    candidates: Mapping[str, Sequence[int]],
+    bounds: Bounds,
+    max_buckets: int,
+    rounds: int,
+    report: Progress,
+) -> tuple[Plan, HeadErrors, int]:
+    """Record a run, choose, and run that; choose again from what the run itself records.
+
+    The first run is in full, the next ones follow their plan: errors are those of the activations
+    the plan leads to. Where no choice of `rounds` keeps the bounds, the last is raised until it
+    does.
+    """
+    dense = settings.steps * sum(
+        m.heads * kept_pairs(m.layout, FULL, m.text_output) for m in bare.modules
+    )
+    recorder = Recorder(bare.modules, candidates, settings.steps, AGES)
+    errors = _measure(pipe, settings, bare, "record", report, recorder)
+    choice = choose_buckets(
+        recorder.tables(), *bounds, max_buckets,
+        progress=lambda i, n, saved: report("choose", i, n, saved / dense),
+    )  # fmt: skip
+    for turn in range(1, rounds + 1):
+        plan = _plan_of(bare, choice)
+        recorder = Recorder(bare.modules, candidates, settings.steps, AGES)
+        errors = _measure(pipe, settings, plan, f"measure {turn}", report, recorder)
+        if not bounds.broken(bare.modules, errors):
+            return plan, errors, turn
+        measured = [[e for m in bare.modules for e in row[m.name]] for row in errors]
+        tables = recorder.tables().corrected(choice, np.array(measured))
+        # A new choice leads to other activations yet: aim lower each time.
+        aim = bounds.delta * _AIM ** (turn + 1)
+        choice = choose_buckets(tables, aim, bounds.cap_factor, max_buckets, start=choice.schedule)
+    plan = raise_offenders(plan, errors, *bounds, candidates)
+    plan, errors, more = _raised(pipe, settings, plan, candidates, bounds, rounds, report)
+    return plan, errors, rounds + more
+
+
+def _plan_of(bare: Plan, choice: Choice) -> Plan:
+    ends = np.cumsum([module.heads for module in bare.modules])
+    buckets = tuple(
+        Bucket(
+            {
+                module.name: tuple(int(mode) for mode in row[end - module.heads : end])
+                for module, end in zip(bare.modules, ends, strict=True)
+            }
+        )
+        for row in choice.modes
+    )
+    return replace(bare, buckets=buckets, schedule=choice.schedule)
+
+
+def _progressive(
+    pipe: Any,
+    settings: Denoising,
+    bare: Plan,
+    candidates: Mapping[str, Sequence[int]],
+    bounds: Bounds,
+    report: Progress,
 ) -> Plan:
-    cap = cap_factor * delta / max(module.heads for module in bare.modules)
-    merged = merge_steps(strategy.scores, strategy.savings, delta, cap, max_buckets)
-    buckets = tuple(Bucket(modes) for modes in merged.buckets)
-    return replace(bare, buckets=buckets, schedule=tuple(merged.schedule))
-
-
-def _progressive_run(
-    pipe: Any, settings: Denoising, plan: Plan, strategy: SearchHeads, report: Progress
-) -> float:
-    """Let the strategy choose at every step; return the share of attention its choices save."""
-    dense = sum(m.heads * kept_pairs(m.layout, FULL, m.text_output) for m in plan.modules)
-
-    def saving() -> float:
-        saved = sum(pairs_saved(strategy.savings, modes) for modes in strategy.modes)
-        return saved / (len(strategy.modes) * dense)
+    """Choose at every step as the run comes to it; steps of equal choices share a bucket."""
+    strategy = ChooseHeads(bare.modules, candidates, *bounds)
+    dense = sum(m.heads * kept_pairs(m.layout, FULL, m.text_output) for m in bare.modules)
 
     def step_done(step: int) -> None:
-        report("search", step + 1, settings.steps, saving())
+        saved = sum(pairs_saved(strategy.savings, modes) for modes in strategy.modes)
+        report("search", step + 1, settings.steps, saved / ((step + 1) * dense))
 
-    denoise(pipe, settings, plan.modules, strategy, step_done)
-    return round(saving(), 6)
+    denoise(pipe, settings, bare.modules, strategy, step_done)
+    distinct: list[dict[str, tuple[int, ...]]] = []
+    for modes in strategy.modes:
+        if modes not in distinct:
+            distinct.append(modes)
+    schedule = tuple(distinct.index(modes) for modes in strategy.modes)
+    return replace(bare, buckets=tuple(Bucket(modes) for modes in distinct), schedule=schedule)
 
 
 def measure(
@@ -121,9 +205,14 @@ def measure(
 
 
 def _measure(
-    pipe: Any, settings: Denoising, plan: Plan, stage: str, report: Progress
+    pipe: Any,
+    settings: Denoising,
+    plan: Plan,
+    stage: str,
+    report: Progress,
+    recorder: Recorder | None = None,
 ) -> HeadErrors:
-    strategy = MeasureHeads(plan)
+    strategy = MeasureHeads(plan, recorder)
     saved = account(plan, 1)["per_step"]
 
     def step_done(step: int) -> None:
@@ -133,13 +222,12 @@ def _measure(
     return strategy.errors
 
 
-def _mend(
+def _raised(
     pipe: Any,
     settings: Denoising,
     plan: Plan,
     candidates: Mapping[str, Sequence[int]],
-    delta: float,
-    cap_factor: float,
+    bounds: Bounds,
     rounds: int,
     report: Progress,
 ) -> tuple[Plan, HeadErrors, int]:
@@ -151,13 +239,10 @@ def _mend(
     count = 0
     while True:
         count += 1
-        errors = _measure(pipe, settings, plan, f"measure {count}", report)
-        raised = raise_offenders(
-            plan, errors, delta, cap_factor, candidates if count < rounds else None
-        )
-        if raised == plan:
+        errors = _measure(pipe, settings, plan, f"check {count}", report)
+        if not bounds.broken(plan.modules, errors):
             return plan, errors, count
-        plan = raised
+        plan = raise_offenders(plan, errors, *bounds, candidates if count < rounds else None)
 
 
 def raise_offenders(
@@ -202,8 +287,16 @@ def raise_offenders(
 
 
 def _check_arguments(
-    settings: Denoising, delta: float, cap_factor: float, candidates: Sequence[str]
+    settings: Denoising,
+    delta: float,
+    cap_factor: float,
+    candidates: Sequence[str],
+    method: str,
 ) -> None:
+    if method not in METHODS:
+        raise ArrowheadError(
+            "search method", got=method, expected=f"one of {', '.join(METHODS)}", fix="name one"
+        )
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown or not candidates:
         raise ArrowheadError(

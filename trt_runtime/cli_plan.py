@@ -107,7 +107,7 @@ def _add_search(actions: Verbs) -> None:
         actions,
         "search",
         search,
-        "search a plan for a checkpoint in one calibration run",
+        "search a plan for a checkpoint: record a calibration run, choose, measure",
         "  arrowhead plan search --model stabilityai/stable-diffusion-3-medium-diffusers \\\n"
         "      --num-inference-steps 28 --delta 0.2 --device cuda --dtype fp16 --output plan.json\n"
         "  arrowhead plan search --model my-model --candidates cache --prompts prompts.txt \\\n"
@@ -152,7 +152,18 @@ def _add_search(actions: Verbs) -> None:
         help="arrow half windows are V / 2K image tokens (default 8 16 32)",
     )
     parser.add_argument(
-        "--max-buckets", type=int, default=6, metavar="K", help="graphs at most (default 6)"
+        "--method",
+        choices=("joint", "progressive"),
+        default="joint",
+        help="joint (default): at most --max-buckets graphs, chosen together with their schedule; "
+        "progressive: DiTFastAttnV2's own search, step by step, a graph for each step",
+    )
+    parser.add_argument(
+        "--max-buckets",
+        type=int,
+        default=4,
+        metavar="K",
+        help="graphs of the joint search at most (default 4)",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -189,6 +200,7 @@ def search(arguments: argparse.Namespace) -> int:
             divisors=tuple(arguments.divisors),
             candidates=tuple(arguments.candidates),
             block=arguments.block,
+            method=arguments.method,
             max_buckets=arguments.max_buckets,
             seed=arguments.seed,
             source=arguments.model,

@@ -13,7 +13,7 @@ from plans.errors import ArrowheadError
 from plans.plan import Plan, dense_plan
 from plans.processors import install
 from plans.run import run_plan
-from plans.scores import MeasureHeads
+from plans.strategies import MeasureHeads
 from tests import tiny
 from tests.trt_runtime.tiny_bundles import STEPS, call, tiny_model, tiny_pipeline
 

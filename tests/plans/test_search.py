@@ -21,8 +21,9 @@ from plans.models import AttentionModule
 from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
 from plans.processors import BucketHeads, install
 from plans.reference import arrow_attention
-from plans.scores import head_outputs, relative_squared_errors
+from plans.scores import counted, head_outputs, relative_squared_errors, sample_rows
 from plans.search import measure, raise_offenders, search_plan
+from plans.strategies import Recorder
 from plans.tiles import CACHED, FULL, TokenLayout
 from tests.tiny import (
     BLOCK,
@@ -116,7 +117,8 @@ def test_search_makes_a_legal_plan_that_saves(searched: Any, tmp_path: Any) -> N
     assert plan.sampler.cfg == isinstance(pipe, StableDiffusion3Pipeline)
     assert plan.text_tokens == TEXT_TOKENS
     assert plan.sampler.scheduler == "FlowMatchEulerDiscreteScheduler"
-    assert [r for r in reports if r[0] == "search"][-1][1:3] == (STEPS, STEPS)
+    assert [r for r in reports if r[0] == "record"][-1][1:3] == (STEPS, STEPS)
+    assert plan.search["method"] == "joint"
     assert reports[-1][0].startswith("measure") and reports[-1][3] > 0
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
@@ -228,12 +230,68 @@ def test_errors_leave_discarded_text_out() -> None:
     full = torch.randn(1, 8, 2, 4)
     off = full.clone()
     off[:, :2] += 9.0
-    kept = AttentionModule("attn", 2, 4, layout, True)
-    assert min(relative_squared_errors(kept, off, full)) > 1
-    dropped = AttentionModule("attn", 2, 4, layout, False)
-    assert relative_squared_errors(dropped, off, full) == [0.0, 0.0]
+
+    def errors(text_output: bool) -> list[float]:
+        module = AttentionModule("attn", 2, 4, layout, text_output)
+        return relative_squared_errors(counted(module, off), counted(module, full)).tolist()
+
+    assert min(errors(True)) > 1
+    assert errors(False) == [0.0, 0.0]
     off[0, 5, 1, 0] = torch.nan
-    assert relative_squared_errors(dropped, off, full) == [0.0, torch.inf]
+    assert errors(False) == [0.0, torch.inf]
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("text_output", [False, True])
+def test_records_are_the_errors_of_all_rows_where_they_fit(
+    text_first: bool, text_output: bool
+) -> None:
+    layout = TokenLayout(300, 7, text_first, 16)
+    module = AttentionModule("attn", 3, 8, layout, text_output)
+    recorder = Recorder([module], {"attn": (0, 2, CACHED)}, steps=4, ages=2)
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for step in range(4):
+        q, k, v = (torch.randn(2, layout.seq_len, 3, 8, generator=generator) for _ in range(3))
+        full, arrows = head_outputs(module, q, k, v, {0: range(3), 2: range(3)})
+        recorder.note(step, module, q, k, v, full)
+        outputs.append((counted(module, full), [counted(module, arrows[w]) for w in (0, 2)]))
+    tables = recorder.tables()
+    assert tables.windows == (0, 2) and tables.heads == (3,)
+    for step, (full, arrows_seen) in enumerate(outputs):
+        for column, arrow in enumerate(arrows_seen):
+            want = relative_squared_errors(arrow, full)
+            torch.testing.assert_close(torch.tensor(tables.arrow[step, :, column]).float(), want)
+        for age in (1, 2):
+            got = torch.tensor(tables.cached[step, :, age - 1]).float()
+            want = torch.full((3,), torch.inf)
+            if age <= step:
+                want = relative_squared_errors(outputs[step - age][0], full)
+            torch.testing.assert_close(got, want)
+
+
+def test_a_sample_of_rows_tells_the_error_of_all() -> None:
+    layout = TokenLayout(4096, 33, False, 64)
+    module = AttentionModule("attn", 2, 16, layout, True)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, layout.seq_len, 2, 16, generator=generator) for _ in range(3))
+    full, arrows = head_outputs(module, q, k, v, {3: range(2)})
+    sample = sample_rows(module, 1024, full.device)
+    assert len(sample.rows) == 33 + 1024 and sample.weights.sum() == layout.seq_len
+    seen = full[:, sample.rows]
+    arrow = sample.arrow(q, k, v, seen, 3)
+    torch.testing.assert_close(arrow, arrows[3][:, sample.rows])
+    want = relative_squared_errors(arrows[3], full)
+    got = relative_squared_errors(arrow, seen, sample.weights)
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0)
+
+
+def test_as_many_buckets_as_steps_are_chosen_step_by_step() -> None:
+    pipe, prompts = _sd3()
+    both = [_search(pipe, prompts, max_buckets=STEPS), _search(pipe, prompts, method="progressive")]
+    assert both[0].sha256 == both[1].sha256
+    assert both[0].search["method"] == both[1].search["method"] == "progressive"
+    assert both[0].search["measurements"] == 1
 
 
 def test_two_calls_per_step_are_refused() -> None:
@@ -263,6 +321,7 @@ def test_other_pipelines_are_refused() -> None:
         (dict(delta=-1.0), "error bounds .* delta -1.0"),
         (dict(candidates=("arrow",), block=128), "none: 24 image tokens are 1 blocks"),
         (dict(max_buckets=0), "number of buckets"),
+        (dict(method="greedy"), "search method .* got greedy"),
         (dict(height=60), "picture size|divisible"),
     ],
 )

@@ -4,12 +4,10 @@ import itertools
 import random
 import time
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plans.errors import ArrowheadError
-from plans.solver import choose_modes, merge_steps
+from plans.solver import choose_modes
 from plans.tiles import CACHED, FULL
 
 ERRORS = st.one_of(st.sampled_from([0.0, 0.05, 0.1, 0.2]), st.floats(1e-9, 0.5))
@@ -80,67 +78,3 @@ def test_errors_of_any_size_are_weighed() -> None:
 
 def test_cap_is_strict() -> None:
     assert choose_modes([{CACHED: 0.1}], [SAVINGS], 1.0, 0.1) == [FULL]
-
-
-STEPS = st.lists(
-    st.lists(st.fixed_dictionaries({CACHED: ERRORS, 1: ERRORS, 4: ERRORS}), min_size=3, max_size=3),
-    min_size=2,
-    max_size=7,
-)
-
-
-@settings(max_examples=120, deadline=None)
-@given(steps=STEPS, max_buckets=st.integers(1, 4), delta=st.floats(0, 0.6))
-def test_merged_buckets_keep_every_bound(
-    steps: list[list[dict[int, float]]], max_buckets: int, delta: float
-) -> None:
-    cap = 1.5 * delta / 3
-    errors = [{"a": step} for step in steps]
-    savings = {"a": [SAVINGS] * 3}
-    merged = merge_steps(errors, savings, delta, cap, max_buckets)
-    assert len(merged.buckets) <= max_buckets
-    assert len(merged.schedule) == len(steps)
-    assert set(merged.schedule) == set(range(len(merged.buckets)))
-    assert merged.buckets[merged.schedule[0]] == {"a": (FULL,) * 3}
-    for step, bucket in zip(steps, merged.schedule, strict=True):
-        modes = merged.buckets[bucket]["a"]
-        assert _total(step, modes) <= delta + 1e-12
-        assert all(m == FULL or head[m] < cap for head, m in zip(step, modes, strict=True))
-    assert merge_steps(errors, savings, delta, cap, max_buckets) == merged
-
-
-def test_enough_buckets_lose_nothing() -> None:
-    rng = random.Random(1)
-    errors = [{"a": [{m: rng.random() * 0.2 for m in SAVINGS} for _ in range(4)]} for _ in range(6)]
-    savings = {"a": [SAVINGS] * 4}
-    merged = merge_steps(errors, savings, 0.3, 0.15, 6)
-    for step in range(1, 6):
-        best = choose_modes(errors[step]["a"], savings["a"], 0.3, 0.15)
-        assert _saved(merged.buckets[merged.schedule[step]]["a"]) == _saved(best)
-    saved = [
-        sum(_saved(m.buckets[b]["a"]) for b in m.schedule)
-        for m in (merge_steps(errors, savings, 0.3, 0.15, k) for k in (1, 2, 6))
-    ]
-    assert saved[0] == 0 < saved[1] <= saved[2]
-
-
-def test_alternating_steps_share_buckets_that_are_not_contiguous() -> None:
-    cheap = [{CACHED: 0.01}, {CACHED: 0.9}]
-    other = [{CACHED: 0.9}, {CACHED: 0.01}]
-    errors = [{"a": step} for step in ([{}, {}], cheap, other, cheap, other)]
-    merged = merge_steps(errors, {"a": [SAVINGS] * 2}, 0.2, 0.2, 3)
-    assert merged.schedule == [0, 1, 2, 1, 2]
-    assert merged.buckets == [{"a": (FULL, FULL)}, {"a": (CACHED, FULL)}, {"a": (FULL, CACHED)}]
-
-
-def test_sum_bound_is_kept_per_step_not_over_the_worst_of_all() -> None:
-    # Each head errs at another step: worst errors sum to 0.4, every single step's to 0.22.
-    errors = [{"a": [{}, {}]}, {"a": [{CACHED: 0.2}, {CACHED: 0.02}]},
-              {"a": [{CACHED: 0.02}, {CACHED: 0.2}]}]  # fmt: skip
-    merged = merge_steps(errors, {"a": [SAVINGS] * 2}, 0.25, 0.3, 2)
-    assert merged.buckets[1] == {"a": (CACHED, CACHED)}
-
-
-def test_no_buckets_are_refused() -> None:
-    with pytest.raises(ArrowheadError, match="number of buckets .* got 0"):
-        merge_steps([{}], {}, 0.1, 0.1, 0)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from plans.denoising import Denoising, denoise, dense_plan_of
 from plans.models import AttentionModule
-from plans.scores import head_outputs, relative_squared_errors
+from plans.scores import counted, head_outputs, relative_squared_errors
 from plans.tiles import TokenLayout
 from tests.testbed.evaluate import held_out_captions
 from tests.testbed.models import T5_LENGTH
@@ -120,8 +120,9 @@ class WatchHeads:
         full, _ = head_outputs(module, q, k, v, {})
         row = full[-1:]
         if self._now == self._watched:
-            changes = relative_squared_errors(module, self._before[module.name], row)
-            for head, change in enumerate(changes):
+            before = counted(module, self._before[module.name])
+            changes = relative_squared_errors(before, counted(module, row))
+            for head, change in enumerate(changes.tolist()):
                 logits = q[-1, :, head] @ k[-1, :, head].T * module.head_dim**-0.5
                 seen = gaze_of(logits.softmax(-1), module.layout, self._columns)
                 self.views.append(HeadView(module, head, seen, change))

@@ -1,0 +1,352 @@
+"""Modes of every head in every bucket and the bucket of every step, chosen together.
+
+The error of a cached head grows with its age, so what a bucket may cache depends on when the
+schedule last refreshed it: given a schedule, the ages are known, heads are independent but for
+their module's sum, and the best modes follow at once. The schedule is found by local search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plans.errors import ArrowheadError
+from plans.tiles import CACHED, FULL
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Progress = Callable[[int, int, float], None]  # rounds of local search done, of how many, saving
+
+_KICKS = 6  # restarts of the local search from its best schedule, some steps changed
+_ROWS = 192  # heads a schedule is judged on, in whole modules
+_PRICE_STEPS = 16  # iterations that find what error costs in a module over its bound
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """What each mode of each head would err and save; R heads, module by module.
+
+    arrow: [N, R, W] errors of W half windows, ascending in blocks; cached: [N, R, A] errors of the
+    full output of 1..A steps before; infinite where there is none. arrow_saving: [R, W] and
+    cached_saving: [R], query/key pairs a step. A step that reads a cache errs by the cache's age
+    and by the arrow it was computed with, as if the two were uncorrelated; times drift, [N, R],
+    how much more it turned out to be.
+    """
+
+    heads: tuple[int, ...]  # of each module
+    windows: tuple[int, ...]
+    arrow: Floats
+    cached: Floats
+    arrow_saving: Floats
+    cached_saving: Floats
+    drift: Floats = field(default_factory=lambda: np.ones((1, 1)))
+
+    @property
+    def steps(self) -> int:
+        return self.arrow.shape[0]
+
+    @property
+    def starts(self) -> Ints:
+        """First row of each module."""
+        return np.cumsum([0, *self.heads[:-1]])
+
+    def some(self, limit: int) -> HeadTables:
+        """Keep modules spread evenly over all, of at most about `limit` heads."""
+        wanted = max(1, round(len(self.heads) * min(1.0, limit / sum(self.heads))))
+        chosen = np.unique(np.linspace(0, len(self.heads) - 1, wanted).round().astype(int))
+        rows = np.concatenate([self.starts[m] + np.arange(self.heads[m]) for m in chosen])
+        return HeadTables(
+            tuple(self.heads[m] for m in chosen), self.windows, self.arrow[:, rows],
+            self.cached[:, rows], self.arrow_saving[rows], self.cached_saving[rows],
+            np.broadcast_to(self.drift, self.arrow.shape[:2])[:, rows],
+        )  # fmt: skip
+
+    def corrected(self, choice: Choice, measured: Floats) -> HeadTables:
+        """Learn from a run of the choice by which factor its caches err more, or less; [N, R]."""
+        modes = choice.modes[list(choice.schedule)]
+        predicted = _Judge(self, 1.0, 1.0).errors_of(choice)
+        ratio = np.ones_like(measured)
+        known = (modes == CACHED) & (predicted > 0) & np.isfinite(predicted)
+        np.divide(measured, predicted, out=ratio, where=known)
+        return replace(self, drift=ratio)
+
+
+class Choice(NamedTuple):
+    """Modes [K, R] of each bucket and head, the bucket of each step, and what that saves."""
+
+    modes: Ints
+    schedule: tuple[int, ...]
+    saving: float
+
+
+def choose_buckets(
+    tables: HeadTables,
+    delta: float,
+    cap_factor: float,
+    max_buckets: int,
+    start: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Choice:
+    """Choose at most max_buckets buckets and a schedule that save most within the bounds.
+
+    Step 0 is full. At every step the errors of a module's heads sum to at most delta and each is
+    under cap_factor * delta / H. start: a schedule to improve on, in place of a search from many.
+    Deterministic. Raises ArrowheadError if there may be no bucket.
+    """
+    check_bucket_limit(max_buckets)
+    judge = _Judge(tables.some(_ROWS), delta, cap_factor)
+    count = min(max_buckets, tables.steps)
+    if start is None:
+        schedule = _search(judge, count, progress or (lambda *_: None))
+    else:
+        schedule = _climb(judge, tuple(start), count)
+    choice = _Judge(tables, delta, cap_factor).choose(schedule)
+    return _joined(choice)
+
+
+def _joined(choice: Choice) -> Choice:
+    """Make buckets of equal modes one, and number them as they come."""
+    rows, index = np.unique(choice.modes[list(choice.schedule)], axis=0, return_inverse=True)
+    order: dict[int, int] = {}
+    schedule = tuple(order.setdefault(int(i), len(order)) for i in index.ravel())
+    return choice._replace(modes=rows[list(order)], schedule=schedule)
+
+
+def check_bucket_limit(max_buckets: int) -> None:
+    """Raise ArrowheadError unless there may be a bucket."""
+    if max_buckets < 1:
+        raise ArrowheadError(
+            "number of buckets", got=max_buckets, expected="at least 1", fix="allow 2 or more"
+        )
+
+
+class _Judge:
+    """Finds the best modes under a schedule."""
+
+    def __init__(self, tables: HeadTables, delta: float, cap_factor: float) -> None:
+        self._tables = tables
+        self._delta = delta
+        self._starts = tables.starts
+        self._cap = np.repeat([cap_factor * delta / heads for heads in tables.heads], tables.heads)
+        steps, rows, windows = tables.arrow.shape
+        # By step, choice, head; FULL is choice 0 of what is computed, age 0 that of what is cached.
+        self._own = np.zeros((steps, windows + 1, rows))
+        self._own[:, 1:] = tables.arrow.transpose(0, 2, 1)
+        self._aged = np.zeros((steps, tables.cached.shape[2] + 2, rows))
+        self._aged[:, 1:-1] = tables.cached.transpose(0, 2, 1)
+        self._aged[:, -1] = np.inf
+        self._drift = tables.drift
+        self._saving = np.zeros((windows + 2, rows))  # the last is CACHED
+        self._saving[1:-1] = tables.arrow_saving.T
+        self._saving[-1] = tables.cached_saving
+        self._known: dict[tuple[int, ...], float] = {}
+
+    @property
+    def steps(self) -> int:
+        return self._tables.steps
+
+    def saving(self, schedule: tuple[int, ...]) -> float:
+        """Return what the best modes save over all steps."""
+        if schedule not in self._known:
+            self._known[schedule] = self.choose(schedule).saving
+        return self._known[schedule]
+
+    def choose(self, schedule: tuple[int, ...]) -> Choice:
+        """Return the best modes found under the schedule."""
+        plan = np.array(schedule)
+        modes, errors = self._options(plan)
+        shares = np.bincount(plan, minlength=modes.shape[1]).astype(float)
+        rows = np.arange(modes.shape[2])
+        savings = np.einsum("k,pkr->pr", shares, self._saving[modes, rows])
+        allowed = ((errors < self._cap) | (errors == 0)).all(axis=1)
+        savings[~allowed] = -np.inf
+        picked = self._within_sums(savings, errors)
+        codes = np.array([FULL, *self._tables.windows, CACHED])
+        return Choice(
+            codes[modes[picked, :, rows]].T,
+            schedule,
+            float(savings[picked, rows].sum()),
+        )
+
+    def errors_of(self, choice: Choice) -> Floats:
+        """Return what the tables say of a choice, [N, R]."""
+        order = {mode: i for i, mode in enumerate((FULL, *self._tables.windows, CACHED))}
+        codes = np.vectorize(order.__getitem__)(choice.modes)
+        return self._errors(codes[None], np.array(choice.schedule))[0]
+
+    def _options(self, schedule: Ints) -> tuple[Ints, Floats]:
+        """Return what a head may do in the K buckets: modes [P, K, R] and errors [P, N, R].
+
+        The first is full everywhere. Else a head is cached in any set of buckets; where it is not
+        it takes the arrow that saves most, or, where a cache is written, the widest, or none.
+        """
+        steps, buckets = len(schedule), int(schedule.max()) + 1
+        narrow, wide = self._arrows(schedule, buckets)
+        cached = _subsets(buckets)
+        skip = cached[:, schedule]
+        young = _ages(skip).max(axis=1) < self._aged.shape[1] - 1
+        cached, skip = cached[young], skip[young]
+        writes = np.zeros(cached.shape, dtype=bool)
+        for step in range(steps - 1):
+            writes[:, schedule[step]] |= ~skip[:, step] & skip[:, step + 1]
+        last_code = self._saving.shape[0] - 1
+        parts = [np.zeros((1, *narrow.shape), dtype=int)]
+        for arrows in (narrow, wide, np.zeros_like(narrow)):
+            reads = cached.any(axis=1) if arrows is not narrow else slice(None)
+            computed = np.where(writes[reads][:, :, None], arrows, narrow)
+            parts.append(np.where(cached[reads][:, :, None], last_code, computed))
+        modes = np.concatenate(parts)
+        return modes, self._errors(modes, schedule)
+
+    def _errors(self, modes: Ints, schedule: Ints) -> Floats:
+        """Return what options [P, K, R] err, [P, N, R]."""
+        steps, rows = np.arange(len(schedule))[:, None], np.arange(modes.shape[2])
+        taken = modes[:, schedule]
+        age = _ages(taken == len(self._saving) - 1)
+        last = steps - age
+        computed = np.take_along_axis(taken, last, axis=1)
+        oldest = self._aged.shape[1] - 1
+        errors = self._own[last, computed, rows] + self._aged[steps, np.minimum(age, oldest), rows]
+        return np.where(age > 0, errors * self._drift, errors)
+
+    def _arrows(self, schedule: Ints, buckets: int) -> tuple[Ints, Ints]:
+        """Return per bucket and head the arrow that saves most, and the widest; 0 where none may.
+
+        Under the cap at all the bucket's steps; both [K, R].
+        """
+        shape = (buckets, self._own.shape[2])
+        narrow, wide = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)
+        for bucket in range(1, buckets):
+            steps = schedule == bucket
+            if not steps.any():
+                continue
+            may = self._own[steps].max(axis=0) < self._cap
+            may[0] = True
+            narrow[bucket] = np.where(may, self._saving[:-1], -1).argmax(axis=0)
+            wide[bucket] = np.where(may[-1], len(may) - 1, 0)
+        return narrow, wide
+
+    def _within_sums(self, savings: Floats, errors: Floats) -> Ints:
+        """Pick an option per head: most saving with each module's errors within delta.
+
+        Where the heads' best sum to too much, errors get a price per step that rises until they
+        fit; what room is then left is used head by head.
+        """
+        rows = np.arange(savings.shape[1])
+        picked = savings.argmax(axis=0)
+        heads = np.array(self._tables.heads)
+        over = self._sums(errors, picked).max(axis=0) > self._delta
+        if not over.any():
+            return picked
+        mine = np.flatnonzero(np.repeat(over, heads))
+        finite = np.where(np.isfinite(errors[:, :, mine]), errors[:, :, mine], 0.0)
+        module = np.repeat(np.arange(len(heads)), heads)[mine]
+        scale = savings[picked, rows][mine].max() / self._delta
+        price = np.zeros((errors.shape[1], len(heads)))
+        safe = np.zeros_like(picked)  # full: within any bound
+        safe[~np.repeat(over, heads)] = picked[~np.repeat(over, heads)]
+        best = np.full(len(heads), -1.0)
+        trial = picked.copy()
+        for turn in range(_PRICE_STEPS):
+            excess = self._sums(errors, trial) / self._delta
+            saved = np.add.reduceat(savings[trial, rows], self._starts)
+            better = over & (excess.max(axis=0) <= 1) & (saved > best)
+            best = np.where(better, saved, best)
+            taken = np.repeat(better, heads)
+            safe[taken] = trial[taken]
+            price = np.maximum(0, price + scale / (2 + turn) * (excess - 1) * over)
+            cost = np.einsum("ptr,tr->pr", finite, price[:, module])
+            trial[mine] = (savings[:, mine] - cost).argmax(axis=0)
+        return self._use_room(savings, errors, safe, mine)
+
+    def _use_room(self, savings: Floats, errors: Floats, picked: Ints, rows: Ints) -> Ints:
+        """Move single heads to options that save more while their module stays within delta."""
+        module = np.repeat(np.arange(len(self._tables.heads)), self._tables.heads)
+        sums = self._sums(errors, picked)
+        for row in rows:
+            moved = sums[:, module[row]] - errors[picked[row], :, row] + errors[:, :, row]
+            fits = (moved <= self._delta).all(axis=1)
+            gain = np.where(fits, savings[:, row], savings[picked[row], row])
+            if gain.max() > savings[picked[row], row]:
+                picked[row] = gain.argmax()
+                sums[:, module[row]] = moved[picked[row]]
+        return picked
+
+    def _sums(self, errors: Floats, picked: Ints) -> Floats:
+        """Return each step's and module's sum of errors, [N, modules]."""
+        chosen = errors[picked, :, np.arange(len(picked))]
+        return np.add.reduceat(chosen, self._starts, axis=0).T
+
+
+def _ages(cached: NDArray[np.bool_]) -> Ints:
+    """Return how many steps ago each step's output was computed; steps are axis 1."""
+    steps = np.arange(cached.shape[1]).reshape(-1, *[1] * (cached.ndim - 2))
+    return steps - np.maximum.accumulate(np.where(cached, 0, steps), axis=1)
+
+
+def _subsets(buckets: int) -> NDArray[np.bool_]:
+    """Return every set of buckets but the first, [2^(K-1), K], the empty one first."""
+    bits = np.arange(2 ** (buckets - 1))[:, None] >> np.arange(buckets - 1) & 1
+    return np.pad(bits.astype(bool), ((0, 0), (1, 0)))
+
+
+def _search(judge: _Judge, buckets: int, progress: Progress) -> tuple[int, ...]:
+    """Find a schedule by local search from several patterns, then from the best one's kicks."""
+    starts = list(dict.fromkeys(_patterns(judge.steps, buckets)))
+    rounds = len(starts) + _KICKS
+    best = starts[0]
+    rng = np.random.default_rng(0)
+    for turn in range(rounds):
+        begin = starts[turn] if turn < len(starts) else _kicked(best, buckets, rng)
+        found = _climb(judge, begin, buckets)
+        if judge.saving(found) > judge.saving(best):
+            best = found
+        progress(turn + 1, rounds, judge.saving(best))
+    return best
+
+
+def _patterns(steps: int, buckets: int) -> Iterator[tuple[int, ...]]:
+    """Yield schedules that refresh every few steps, some heads more often than others."""
+    if buckets == 1:
+        yield (0,) * steps
+        return
+    for period in (2, 3, 4, 6):
+        often, seldom = buckets - 1, 1
+        row = [0] + [seldom if step % period == 0 else often for step in range(1, steps)]
+        for step in range(1, steps):
+            if buckets > 3 and row[step] == often and step % period == period // 2:
+                row[step] = 2
+        yield tuple(row)
+    yield tuple(min(step, step * buckets // steps) for step in range(steps))  # in runs
+
+
+def _kicked(schedule: tuple[int, ...], buckets: int, rng: np.random.Generator) -> tuple[int, ...]:
+    row = list(schedule)
+    for step in rng.integers(1, len(row), size=max(2, len(row) // 8)) if len(row) > 1 else ():
+        row[step] = int(rng.integers(buckets))
+    return tuple(row)
+
+
+def _climb(judge: _Judge, schedule: tuple[int, ...], buckets: int) -> tuple[int, ...]:
+    """Change single steps, and swap neighbours, while that saves more."""
+    improved = True
+    while improved:
+        improved = False
+        for step in range(1, len(schedule)):
+            best = max(_neighbours(schedule, step, buckets), key=judge.saving, default=schedule)
+            if judge.saving(best) > judge.saving(schedule):
+                schedule, improved = best, True
+    return schedule
+
+
+def _neighbours(schedule: tuple[int, ...], step: int, buckets: int) -> Iterator[tuple[int, ...]]:
+    here = schedule[step]
+    for bucket in range(buckets):
+        if bucket != here:
+            yield (*schedule[:step], bucket, *schedule[step + 1 :])
+    if step + 1 < len(schedule) and schedule[step + 1] != here:
+        yield (*schedule[:step], schedule[step + 1], here, *schedule[step + 2 :])
