@@ -2,12 +2,12 @@
 
 The error of a cached head grows with its age, so what a bucket may cache depends on when the
 schedule last refreshed it: given a schedule, the ages are known, heads are independent but for
-their module's sum, and the best modes follow at once. The schedule is found by local search.
+their module's sum, and the best modes follow at once. Schedules are found by local search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plans.errors import ArrowheadError
+from plans.schedules import Progress, Schedule, climb, search_schedule
 from plans.tiles import CACHED, FULL
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Progress = Callable[[int, int, float], None]  # rounds of local search done, of how many, saving
 
-_KICKS = 6  # restarts of the local search from its best schedule, some steps changed
 _ROWS = 192  # heads a schedule is judged on, in whole modules
 _PRICE_STEPS = 16  # iterations that find what error costs in a module over its bound
 
@@ -101,9 +100,10 @@ def choose_buckets(
     judge = _Judge(tables.some(_ROWS), delta, cap_factor)
     count = min(max_buckets, tables.steps)
     if start is None:
-        schedule = _search(judge, count, progress or (lambda *_: None))
+        report = progress or (lambda *_: None)
+        schedule = search_schedule(judge.saving, tables.steps, count, report)
     else:
-        schedule = _climb(judge, tuple(start), count)
+        schedule = climb(judge.saving, tuple(start), count)
     choice = _Judge(tables, delta, cap_factor).choose(schedule)
     return _joined(choice)
 
@@ -143,19 +143,19 @@ class _Judge:
         self._saving = np.zeros((windows + 2, rows))  # the last is CACHED
         self._saving[1:-1] = tables.arrow_saving.T
         self._saving[-1] = tables.cached_saving
-        self._known: dict[tuple[int, ...], float] = {}
+        self._known: dict[Schedule, float] = {}
 
     @property
     def steps(self) -> int:
         return self._tables.steps
 
-    def saving(self, schedule: tuple[int, ...]) -> float:
+    def saving(self, schedule: Schedule) -> float:
         """Return what the best modes save over all steps."""
         if schedule not in self._known:
             self._known[schedule] = self.choose(schedule).saving
         return self._known[schedule]
 
-    def choose(self, schedule: tuple[int, ...]) -> Choice:
+    def choose(self, schedule: Schedule) -> Choice:
         """Return the best modes found under the schedule."""
         plan = np.array(schedule)
         modes, errors = self._options(plan)
@@ -292,61 +292,3 @@ def _subsets(buckets: int) -> NDArray[np.bool_]:
     """Return every set of buckets but the first, [2^(K-1), K], the empty one first."""
     bits = np.arange(2 ** (buckets - 1))[:, None] >> np.arange(buckets - 1) & 1
     return np.pad(bits.astype(bool), ((0, 0), (1, 0)))
-
-
-def _search(judge: _Judge, buckets: int, progress: Progress) -> tuple[int, ...]:
-    """Find a schedule by local search from several patterns, then from the best one's kicks."""
-    starts = list(dict.fromkeys(_patterns(judge.steps, buckets)))
-    rounds = len(starts) + _KICKS
-    best = starts[0]
-    rng = np.random.default_rng(0)
-    for turn in range(rounds):
-        begin = starts[turn] if turn < len(starts) else _kicked(best, buckets, rng)
-        found = _climb(judge, begin, buckets)
-        if judge.saving(found) > judge.saving(best):
-            best = found
-        progress(turn + 1, rounds, judge.saving(best))
-    return best
-
-
-def _patterns(steps: int, buckets: int) -> Iterator[tuple[int, ...]]:
-    """Yield schedules that refresh every few steps, some heads more often than others."""
-    if buckets == 1:
-        yield (0,) * steps
-        return
-    for period in (2, 3, 4, 6):
-        often, seldom = buckets - 1, 1
-        row = [0] + [seldom if step % period == 0 else often for step in range(1, steps)]
-        for step in range(1, steps):
-            if buckets > 3 and row[step] == often and step % period == period // 2:
-                row[step] = 2
-        yield tuple(row)
-    yield tuple(min(step, step * buckets // steps) for step in range(steps))  # in runs
-
-
-def _kicked(schedule: tuple[int, ...], buckets: int, rng: np.random.Generator) -> tuple[int, ...]:
-    row = list(schedule)
-    for step in rng.integers(1, len(row), size=max(2, len(row) // 8)) if len(row) > 1 else ():
-        row[step] = int(rng.integers(buckets))
-    return tuple(row)
-
-
-def _climb(judge: _Judge, schedule: tuple[int, ...], buckets: int) -> tuple[int, ...]:
-    """Change single steps, and swap neighbours, while that saves more."""
-    improved = True
-    while improved:
-        improved = False
-        for step in range(1, len(schedule)):
-            best = max(_neighbours(schedule, step, buckets), key=judge.saving, default=schedule)
-            if judge.saving(best) > judge.saving(schedule):
-                schedule, improved = best, True
-    return schedule
-
-
-def _neighbours(schedule: tuple[int, ...], step: int, buckets: int) -> Iterator[tuple[int, ...]]:
-    here = schedule[step]
-    for bucket in range(buckets):
-        if bucket != here:
-            yield (*schedule[:step], bucket, *schedule[step + 1 :])
-    if step + 1 < len(schedule) and schedule[step + 1] != here:
-        yield (*schedule[:step], schedule[step + 1], here, *schedule[step + 2 :])

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from plans.accounting import account
+from plans.bounds import Bounds, raise_offenders
 from plans.buckets import Choice, check_bucket_limit, choose_buckets
 from plans.denoising import Denoising, Prompts, denoise, dense_plan_of
 from plans.errors import ArrowheadError
@@ -87,22 +88,6 @@ def search_plan(
     return replace(plan, search=record, accounting=accounting)
 
 
-class Bounds(NamedTuple):
-    """Of a module's errors at a step: their sum, and a head's share times the head count."""
-
-    delta: float
-    cap_factor: float
-
-    def broken(self, modules: Sequence[AttentionModule], errors: HeadErrors) -> bool:
-        """Whether any sum or head is over its bound at any step."""
-        return any(
-            sum(row[m.name]) > self.delta
-            or max(row[m.name]) > self.cap_factor * self.delta / m.heads
-            for row in errors
-            for m in modules
-        )
-
-
 def _joint(
     pipe: Any,
     settings: Denoising,
@@ -139,7 +124,7 @@ def _joint(
         # A new choice leads to other activations yet: aim lower each time.
         aim = bounds.delta * _AIM ** (turn + 1)
         choice = choose_buckets(tables, aim, bounds.cap_factor, max_buckets, start=choice.schedule)
-    plan = raise_offenders(plan, errors, *bounds, candidates)
+    plan = raise_offenders(plan, errors, bounds, candidates)
     plan, errors, more = _raised(pipe, settings, plan, candidates, bounds, rounds, report)
     return plan, errors, rounds + more
 
@@ -242,48 +227,7 @@ def _raised(
         errors = _measure(pipe, settings, plan, f"check {count}", report)
         if not bounds.broken(plan.modules, errors):
             return plan, errors, count
-        plan = raise_offenders(plan, errors, *bounds, candidates if count < rounds else None)
-
-
-def raise_offenders(
-    plan: Plan,
-    errors: HeadErrors,
-    delta: float,
-    cap_factor: float,
-    candidates: Mapping[str, Sequence[int]] | None,
-) -> Plan:
-    """Raise heads until no measured (step, module) sum nor head error is over its bound.
-
-    A raised head goes from CACHED to the widest arrow, from any narrower arrow too, and from there
-    to FULL; without candidates straight to FULL. A raised head counts as error 0.
-    """
-    tables = [{name: list(modes) for name, modes in b.modes.items()} for b in plan.buckets]
-    raised: set[tuple[int, str, int]] = set()
-    for bucket, row in zip(plan.schedule, errors, strict=True):
-        for module in plan.modules:
-            own = row[module.name]
-            live = [h for h in range(module.heads) if (bucket, module.name, h) not in raised]
-            live.sort(key=lambda head, own=own: (own[head], head))  # type: ignore[misc]
-            total = sum(own[head] for head in live)
-            cap = cap_factor * delta / module.heads
-            while live and (total > delta or own[live[-1]] > cap):
-                head = live.pop()
-                total = sum(own[h] for h in live)
-                raised.add((bucket, module.name, head))
-    for bucket, name, head in raised:
-        arrows = [mode for mode in (candidates or {}).get(name, ()) if mode >= 0]
-        mode = tables[bucket][name][head]
-        widest = max(arrows, default=FULL)
-        tables[bucket][name][head] = widest if mode < widest else FULL
-    distinct: list[Bucket] = []
-    index = []
-    for table in tables:
-        merged = Bucket({name: tuple(modes) for name, modes in table.items()})
-        if merged not in distinct:
-            distinct.append(merged)
-        index.append(distinct.index(merged))
-    schedule = tuple(index[bucket] for bucket in plan.schedule)
-    return replace(plan, buckets=tuple(distinct), schedule=schedule)
+        plan = raise_offenders(plan, errors, bounds, candidates if count < rounds else None)
 
 
 def _check_arguments(

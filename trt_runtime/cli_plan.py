@@ -116,12 +116,8 @@ def _add_search(actions: Verbs) -> None:
     _add_sampling(parser)
     add_prompts(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the plan")
-    parser.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE",
-        help="picture of the plan (default: beside it, .png)",
-    )
+    picture = "picture of the plan (default: beside it, .png)"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
     parser.add_argument(
         "--delta",
         type=float,
@@ -158,13 +154,8 @@ def _add_search(actions: Verbs) -> None:
         help="joint (default): at most --max-buckets graphs, chosen together with their schedule; "
         "progressive: DiTFastAttnV2's own search, step by step, a graph for each step",
     )
-    parser.add_argument(
-        "--max-buckets",
-        type=int,
-        default=4,
-        metavar="K",
-        help="graphs of the joint search at most (default 4)",
-    )
+    graphs = "graphs of the joint search at most (default 4)"
+    parser.add_argument("--max-buckets", type=int, default=4, metavar="K", help=graphs)
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -77,6 +77,16 @@ def test_bundles_survive_the_round_trip(folder: Path) -> None:
     check_bundle(bundle, folder, PLAN, hash_weights=True)
 
 
+def test_an_engine_that_is_gone_is_for_its_backend_to_miss(folder: Path) -> None:
+    gone = EngineSpec("tensorrt", 0, "tensorrt/bucket_0.engine", False, 1.5, {})
+    bundle = replace(load_bundle(folder), engines=(gone,))
+    save_bundle(bundle, folder)
+    check_bundle(load_bundle(folder), folder, PLAN)
+    save_bundle(replace(bundle, engines=(replace(gone, file="../elsewhere"),)), folder)
+    with pytest.raises(ArrowheadError, match="files inside the bundle folder"):
+        load_bundle(folder)
+
+
 def test_unknown_bucket_is_refused(folder: Path) -> None:
     with pytest.raises(ArrowheadError, match=r"bucket 9 .*expected one of \[0, 1, 2\]"):
         load_bundle(folder).graph(9)

@@ -16,13 +16,14 @@ from diffusers import (
 )
 
 from plans.accounting import account
+from plans.bounds import Bounds, raise_offenders
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule
 from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
 from plans.processors import BucketHeads, install
 from plans.reference import arrow_attention
 from plans.scores import counted, head_outputs, relative_squared_errors, sample_rows
-from plans.search import measure, raise_offenders, search_plan
+from plans.search import measure, search_plan
 from plans.strategies import Recorder
 from plans.tiles import CACHED, FULL, TokenLayout
 from tests.tiny import (
@@ -199,13 +200,17 @@ def test_raise_offenders_goes_by_the_ladder() -> None:
     zero = {m.name: [0.0] * m.heads for m in plan.modules}
     errors = [zero, {**zero, module.name: [0.4, 0.4, 0.4, 0.01]}, zero, zero]
     candidates = {m.name: (1, 0, CACHED) for m in plan.modules}
-    raised = raise_offenders(plan, errors, 0.8, 1.5, candidates)  # cap 0.3: three heads break it
+    raised = raise_offenders(
+        plan, errors, Bounds(0.8, 1.5), candidates
+    )
     assert raised.buckets[1].modes[module.name] == (1, 1, FULL, CACHED)
-    assert raise_offenders(plan, errors, 0.8, 1.5, None).buckets[1].modes[module.name] == (
+    assert raise_offenders(plan, errors, Bounds(0.8, 1.5), None).buckets[1].modes[module.name] == (
         FULL, FULL, FULL, CACHED,
     )  # fmt: skip
     in_sum = [zero, {**zero, module.name: [0.2, 0.19, 0.18, 0.01]}, zero, zero]
-    raised = raise_offenders(plan, in_sum, 0.4, 10, candidates)  # the worst alone brings it under
+    raised = raise_offenders(
+        plan, in_sum, Bounds(0.4, 10), candidates
+    )
     assert raised.buckets[1].modes[module.name] == (1, 0, 1, CACHED)
 
 
