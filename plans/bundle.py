@@ -162,10 +162,14 @@ def save_bundle(bundle: Bundle, folder: Path | str) -> None:
     atomic_write(Path(folder) / BUNDLE_FILE, dump_json(data))
 
 
-def _file_names(bundle: Bundle) -> Iterator[str]:
+def _exported_names(bundle: Bundle) -> Iterator[str]:
     yield bundle.plan_file
     yield bundle.weights_file
     yield from (graph.file for graph in bundle.all_graphs)
+
+
+def _file_names(bundle: Bundle) -> Iterator[str]:
+    yield from _exported_names(bundle)
     yield from (engine.file for engine in bundle.engines if engine.file is not None)
 
 
@@ -184,7 +188,8 @@ def check_bundle(
             expected=bundle.plan_sha256[:12],
             fix="restore the plan file, or export the bundle again with the edited plan",
         )
-    for name in _file_names(bundle):
+    # Engines are not looked for: whoever opens one says how to build it.
+    for name in _exported_names(bundle):
         if not (folder / name).is_file():
             raise ArrowheadError(
                 f"bundle {folder}",

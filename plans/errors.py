@@ -19,7 +19,7 @@ class ArrowheadError(ValueError):
         self.fix = fix
 
 
-def atomic_write(path: Path, data: str | bytes) -> None:
+def atomic_write(path: Path, data: str | bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data

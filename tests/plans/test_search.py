@@ -200,17 +200,13 @@ def test_raise_offenders_goes_by_the_ladder() -> None:
     zero = {m.name: [0.0] * m.heads for m in plan.modules}
     errors = [zero, {**zero, module.name: [0.4, 0.4, 0.4, 0.01]}, zero, zero]
     candidates = {m.name: (1, 0, CACHED) for m in plan.modules}
-    raised = raise_offenders(
-        plan, errors, Bounds(0.8, 1.5), candidates
-    )
+    raised = raise_offenders(plan, errors, Bounds(0.8, 1.5), candidates)
     assert raised.buckets[1].modes[module.name] == (1, 1, FULL, CACHED)
     assert raise_offenders(plan, errors, Bounds(0.8, 1.5), None).buckets[1].modes[module.name] == (
         FULL, FULL, FULL, CACHED,
     )  # fmt: skip
     in_sum = [zero, {**zero, module.name: [0.2, 0.19, 0.18, 0.01]}, zero, zero]
-    raised = raise_offenders(
-        plan, in_sum, Bounds(0.4, 10), candidates
-    )
+    raised = raise_offenders(plan, in_sum, Bounds(0.4, 10), candidates)
     assert raised.buckets[1].modes[module.name] == (1, 0, 1, CACHED)
 
 
