@@ -13,14 +13,25 @@ DELTA     ?= 0.2
 HEIGHT    ?=
 WIDTH     ?=
 JOBS      ?= 2
+MODELS    ?= build/models
+TRITON    ?= build/triton-server
+REQUESTS  ?= 2000
 
 BIN       := $(VENV)/bin
 ARROWHEAD := $(BIN)/arrowhead
 READY     := $(VENV)/.arrowhead-ready
 
-.PHONY: demo plan engine plugins test test-gpu lint clean
+# ONNX Runtime's C API headers, 1.21 or newer: those of Debian 13's libonnxruntime-dev, or the include
+# folder of a release.
+ONNXRUNTIME_INCLUDE_DIR ?= $(patsubst %/onnxruntime_c_api.h,%,$(firstword $(shell \
+    grep -lsE '^.define ORT_API_VERSION (2[1-9]|[3-9][0-9])' \
+        $(addsuffix /onnxruntime_c_api.h,/usr/local/include/onnxruntime /usr/include/onnxruntime))))
+OPERATORS := build/plugins-cpu/libarrowhead_onnxruntime.so
+HAS_OPERATORS = $(and $(ONNXRUNTIME_INCLUDE_DIR),$(shell command -v $(CXX) 2> /dev/null))
 
-demo: $(READY)
+.PHONY: demo plan engine plugins plugins-cpu triton triton-server soak test test-gpu lint clean
+
+demo: $(READY) $(if $(HAS_OPERATORS),$(OPERATORS))
 	$(BIN)/python -m tests.testbed.demo
 
 plan: $(READY)
@@ -30,7 +41,7 @@ plan: $(READY)
 
 engine: $(READY)
 	$(ARROWHEAD) build --plan $(PLAN) $(if $(MODEL),--model $(MODEL)) --output $(OUT) \
-	    --dtype $(DTYPE) --backend $(BACKEND) --verify
+	    --dtype $(DTYPE) --backend $(BACKEND) --verify --fallback
 
 # The kernel library. cmake and ninja may be those of the `cuda` extra in $(VENV).
 plugins: export PATH := $(abspath $(BIN)):$(PATH)
@@ -39,6 +50,30 @@ plugins:
 	    echo "make plugins: no $$tool on PATH; needs nvcc (the CUDA toolkit, 12.3 or newer), cmake and ninja" \
 	        "($(BIN)/pip install '.[cuda]', or apt-get install cmake ninja-build)"; exit 2; }; done
 	cmake -S plugins -B build/plugins -G Ninja && cmake --build build/plugins
+
+# The operators for ONNX Runtime on a CPU: one C++ compiler and ONNX Runtime's headers.
+plugins-cpu:
+	@test -n "$(HAS_OPERATORS)" || { echo "make plugins-cpu: needs a C++ compiler (apt-get install g++) and" \
+	    "ONNX Runtime's headers, 1.21 or newer: apt-get install libonnxruntime-dev (Debian 13), or" \
+	    "ONNXRUNTIME_INCLUDE_DIR=<the include folder of an ONNX Runtime release>"; exit 2; }
+	@$(MAKE) --no-print-directory $(OPERATORS)
+
+$(OPERATORS): $(wildcard plugins/onnxruntime/*.h plugins/onnxruntime/*.cpp plugins/cpu/* plugins/kernels/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O3 -ffp-contract=fast -shared -fPIC -fvisibility=hidden -Wl,-z,defs,-z,nodelete \
+	    -isystem $(ONNXRUNTIME_INCLUDE_DIR) plugins/cpu/*.cpp \
+	    $(filter-out plugins/onnxruntime/cuda_%,$(wildcard plugins/onnxruntime/*.cpp)) -o $@
+
+# A model repository for Triton, with the plan's engines in it.
+triton: engine
+	$(ARROWHEAD) triton $(OUT) --output $(MODELS) --backend $(BACKEND)
+
+# A real tritonserver for this machine's CPU, in an environment of its own: tests, bench serve, soak.
+triton-server: $(READY)
+	$(BIN)/python -m trt_runtime.triton.environment $(TRITON)
+
+soak: triton-server
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trt_runtime.triton.soak --requests $(REQUESTS)
 
 # One thread a worker: two workers that each start a thread per core only wait for one another.
 test: $(READY)

@@ -93,6 +93,9 @@ def _name_attention(graph: ir.Graph) -> None:
     for node in graph:
         if node.domain != DOMAIN:
             continue
+        # TensorRT's parser looks here for a plugin; where it finds none by this name it takes the
+        # function body, and by the domain alone it would take the body always.
+        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         paths = [x.strip(" '\"") for x in scopes.strip("[]").split(",")]
         modules = [x.removeprefix("transformer.") for x in paths if ".attn" in x]

@@ -14,6 +14,13 @@ ARROWHEAD_API int arrowhead_params_size(void);
 ARROWHEAD_API int arrowhead_workspace_bytes(void);
 ARROWHEAD_API int arrowhead_max_heads(void);
 
+/* Which build this is: the project's version; 16 hexadecimal digits that change with any source of
+   the kernels, of this interface or of the TensorRT plugins; the compute capabilities it has code
+   for ("80,86,90a"). */
+ARROWHEAD_API const char* arrowhead_version(void);
+ARROWHEAD_API const char* arrowhead_build_id(void);
+ARROWHEAD_API const char* arrowhead_architectures(void);
+
 /* Tile arithmetic, for tests and cost models; needs no device. Ranges are two ints. */
 ARROWHEAD_API void arrowhead_arrow_kv_blocks(arrowhead::TokenLayout layout, int q_block,
                                              int half_window, int* range);

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from plans.bundle import Bundle
 from trt_runtime.attachment import attach
 from trt_runtime.bundles import load_transformer, model_source, open_bundle
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.engine import DTYPES
 from trt_runtime.kernels import use_kernels
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+from trt_runtime.onnxruntime_operators import operators_for
 from trt_runtime.parity import Progress
 from trt_runtime.pipeline import Picture, generate, load_source_pipeline, pictures_per_call
 from trt_runtime.transformer import ArrowheadTransformer
@@ -65,6 +67,7 @@ def end_to_end(
     report = _report(made, per_call)
     report |= {
         "backend": backend,
+        "attention": _attention(bundle, backend, device),
         "device": device_name(device),
         "session": session,
         "dtype": bundle.dtype,
@@ -74,14 +77,22 @@ def end_to_end(
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    if backend == "torch":
-        report["attention"] = use_kernels(device, DTYPES[bundle.dtype])
     if profile and backend == "onnxruntime":
         report["operators"] = {
             name: profile_run(pipe, folder, [prompts[0]] * per_call, name == _DENSE, options, seed)
             for name in (_DENSE, _PLAN)
         }
     return report
+
+
+def _attention(bundle: Bundle, backend: str, device: str) -> str:
+    """Say what computes attention under the plan."""
+    if backend == "torch":
+        return use_kernels(device, DTYPES[bundle.dtype])
+    if backend == "onnxruntime":
+        library = operators_for(bundle.graphs[0], device)
+        return "operator library" if library else "function bodies"
+    return "plugins"
 
 
 def _take_turns(

@@ -15,10 +15,11 @@ from plans.errors import ArrowheadError
 from plans.plan import Plan, dense_plan, load_plan
 from trt_runtime.engine import DTYPES, Engine
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, SessionSettings, open_weights
+from trt_runtime.tensorrt_engine import ActivationMemory, DeviceWeights, TensorRTEngine
 from trt_runtime.torch_engine import TorchEngine
 from trt_runtime.transformer import TRANSFORMERS, ArrowheadTransformer
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "tensorrt", "torch")
 
 
 def open_bundle(folder: Path | str) -> tuple[Bundle, Plan]:
@@ -72,6 +73,14 @@ def load_transformer(
         shared = open_weights(bundle, folder, device)
         for graph in graphs:
             engines[graph.bucket or 0] = OnnxRuntimeEngine(folder, graph, shared, settings)
+    elif backend == "tensorrt":
+        warn_unverified(bundle, backend)
+        copy = DeviceWeights(folder / bundle.weights_file, device)
+        memory = ActivationMemory(device)
+        for graph in graphs:
+            engines[graph.bucket or 0] = TensorRTEngine(
+                folder, bundle, graph, copy, memory, device
+            )
     else:
         raise _unknown(backend)
     kind = TRANSFORMERS[bundle.model["architecture"]]
@@ -91,10 +100,14 @@ def open_engine(
         raise ArrowheadError(
             "backend torch",
             got="a graph to make an engine of",
-            expected="a backend that runs graphs: onnxruntime",
+            expected="a backend that runs graphs: onnxruntime or tensorrt",
             fix="pass --backend onnxruntime; torch needs no build, and is what others are "
             "compared with",
         )
+    if backend == "tensorrt":
+        device = options.get("device", "cuda")
+        copy = DeviceWeights(Path(folder) / bundle.weights_file, device)
+        return TensorRTEngine(Path(folder), bundle, graph, copy, ActivationMemory(device), device)
     if backend != "onnxruntime":
         raise _unknown(backend)
     settings = SessionSettings(**options)

@@ -13,7 +13,7 @@ from typing import Any
 from plans.errors import ArrowheadError
 
 # In the order of a first use; each module adds its verbs to the parser.
-_VERBS = ("cli_plan", "cli_build", "cli_run", "cli_inspect")
+_VERBS = ("cli_plan", "cli_build", "cli_run", "cli_triton", "cli_inspect")
 
 _EPILOG = """\
 From a checkpoint to pictures:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from plans.bundle import BUNDLE_FILE, Bundle
 from plans.errors import ArrowheadError
@@ -36,14 +38,37 @@ def add_verbs(verbs: Verbs) -> None:
         verbs,
         "build",
         build,
-        "make a bundle's engines and run each once; with --plan, export first where needed",
+        "make a bundle's engines and run each once; with --plan, export first where needed; "
+        "TensorRT engines that are there and fit are kept",
         "  arrowhead build bundle\n"
-        "  arrowhead build --plan plan.json --output bundle --dtype fp32 --verify",
+        "  arrowhead build --plan plan.json --output bundle --dtype fp32 --verify\n"
+        "  arrowhead build bundle --backend tensorrt --weights shared",
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     _add_export(parser, required=False)
     parser.add_argument("--verify", action="store_true", help="compare each graph with PyTorch too")
     add_backend(parser)
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where TensorRT cannot build, say so and build for onnxruntime instead",
+    )
+    parser.add_argument(
+        "--strip-weights",
+        action="store_true",
+        help="TensorRT: leave embedded weights out of the files and put them back at load",
+    )
+    parser.add_argument(
+        "--no-plugins",
+        action="store_true",
+        help="TensorRT: inline the operators' function bodies, right but slow",
+    )
+    parser.add_argument(
+        "--optimization-level",
+        type=int,
+        metavar="0-5",
+        help="TensorRT: how long the builder looks for fast kernels (default: its own)",
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -117,28 +142,77 @@ def _rows(plan: Plan) -> int:
 def build(arguments: argparse.Namespace) -> int:
     """Build engines; 1 if --verify finds that they disagree with PyTorch."""
     from trt_runtime import build as builder
+    from trt_runtime.engine_report import HEADER, engine_rows
+    from trt_runtime.tensorrt_library import find_plugin_library
 
+    options = _build_options(arguments)
     folder = _bundle_folder(arguments)
+    if arguments.backend == "tensorrt":
+        _show_estimate(folder, options["weights"])
+        if options["plugins"] and find_plugin_library() is None:
+            print(
+                "warning: no plugin library (make plugins): engines get the operators' function "
+                "bodies, which are right, slow, and too large for 2K pictures",
+                file=sys.stderr,
+            )
     with progress_bar() as progress:
-        bundle = builder.build(
+        builder.build(
             folder,
             backend=arguments.backend,
             device=arguments.device,
-            **session_of(arguments),
+            **options,
             progress=progress,
         )
-    rows = [
-        (
-            "dense" if engine.bucket is None else f"bucket {engine.bucket}",
-            engine.backend,
-            "yes" if engine.verified else "no",
-            f"{engine.seconds:.2f}",
-        )
-        for engine in bundle.engines
-        if engine.backend == arguments.backend
-    ]
-    show_table(f"engines of {folder}", ("graph", "backend", "ran", "seconds"), rows)
+    rows = engine_rows(folder, arguments.backend)
+    cells = [tuple(_cell(name, row[name]) for name in HEADER) for row in rows]
+    title = f"engines of {folder}, {arguments.backend}, weights {options['weights']}"
+    show_table(title, HEADER, cells)
+    if arguments.backend == "tensorrt" and not all(row["ran"] for row in rows):
+        print("not run, and not compared with PyTorch: this machine cannot run these engines")
+        return 0
     return _verify_graphs(arguments, folder) if arguments.verify else 0
+
+
+def _build_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Give what the backend's builder takes, after a look at whether the backend is there."""
+    if arguments.backend == "tensorrt":
+        from trt_runtime.tensorrt_build import usable_tensorrt
+
+        try:
+            usable_tensorrt()
+        except ArrowheadError as error:
+            if not arguments.fallback:
+                raise
+            print(f"no TensorRT to build with ({error.got}): building for onnxruntime instead")
+            print(f"for TensorRT: {error.fix}")
+            arguments.backend, arguments.device = "onnxruntime", "cpu"
+    if arguments.backend != "tensorrt":
+        return session_of(arguments)
+    weights = "stripped" if arguments.strip_weights else arguments.weights
+    return {
+        "weights": weights,
+        "optimization_level": arguments.optimization_level,
+        "plugins": not arguments.no_plugins,
+    }
+
+
+def _show_estimate(folder: Path, weights: str) -> None:
+    from trt_runtime.engine_report import builder_memory, estimate
+
+    needed = estimate(folder, weights)
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in needed.items())
+    print(f"device memory for a run: {parts}")
+    print(f"host memory to build: about {bytes_text(builder_memory(folder, weights))}")
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "ran":
+        return "yes" if value else "no"
+    if name in ("engine", "weights", "activations", "caches"):
+        return bytes_text(value)
+    return f"{value:.2f}" if name == "seconds" else str(value)
 
 
 def _bundle_folder(arguments: argparse.Namespace) -> Path:

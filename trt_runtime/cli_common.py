@@ -38,8 +38,24 @@ def add_verb(
     return parser
 
 
+class _Backend(argparse.Action):
+    """TensorRT runs on GPUs alone, so that it brings its device along."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        namespace.backend = value
+        if value == "tensorrt" and namespace.device == "cpu":
+            namespace.device = "cuda"
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or torch")
+    parser.add_argument(
+        "--backend",
+        action=_Backend,
+        default="onnxruntime",
+        help="onnxruntime (default), tensorrt or torch",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--threads",

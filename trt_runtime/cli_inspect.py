@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trt_runtime.cli_common import Verbs, add_json, add_verb, bytes_text, show_table, write_json
 
@@ -76,10 +77,22 @@ def inspect(arguments: argparse.Namespace) -> int:
     print(f"caches: {bytes_text(report['cache_bytes'])} in {report['cache_groups']} groups")
     print(f"schedule: {' '.join(map(str, report['schedule']))}")
     for engine in report["engines"]:
-        verified = "run once" if engine["verified"] else "never run"
-        name = "dense" if engine["bucket"] is None else f"bucket {engine['bucket']}"
-        print(f"engine: {engine['backend']}, {name}, {verified}, {engine['seconds']:.2f} s")
+        _show_engine(engine)
     return 0
+
+
+def _show_engine(engine: dict[str, Any]) -> None:
+    verified = "run once" if engine["verified"] else "never run"
+    name = "dense" if engine["bucket"] is None else f"bucket {engine['bucket']}"
+    print(f"engine: {engine['backend']}, {name}, {verified}, {engine['seconds']:.2f} s")
+    if engine["bytes"] is None:
+        return
+    sizes = {"file": "bytes", "weights of its own": "own_weights", "activations": "activations"}
+    known = (
+        f"{what} {'unknown' if engine[key] is None else bytes_text(engine[key])}"
+        for what, key in sizes.items()
+    )
+    print(f"  {', '.join(known)}; weights {engine['weights']}, {engine['plugins']} plugins")
 
 
 def doctor(arguments: argparse.Namespace) -> int:

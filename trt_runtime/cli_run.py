@@ -24,6 +24,7 @@ from trt_runtime.cli_common import (
     write_json,
 )
 from trt_runtime.cli_quality import add_quality
+from trt_runtime.cli_triton import add_serve
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -78,8 +79,8 @@ def _add_bench(verbs: Verbs) -> None:
         "  arrowhead bench quality --model my-model --prompts captions.txt --output quality",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    add_attention(actions)
-    add_quality(actions)
+    for add in (add_attention, add_quality, add_serve):
+        add(actions)
     parser = add_verb(
         actions,
         "e2e",
@@ -222,8 +223,8 @@ def _show_bench(report: dict[str, Any]) -> None:
             )
         )
     title = (
-        f"{report['backend']}, {report['dtype']}, {report['device']}: medians of "
-        f"{report['repeats']}, seconds"
+        f"{report['backend']} ({report['attention']}), {report['dtype']}, {report['device']}: "
+        f"medians of {report['repeats']}, seconds"
     )
     show_table(title, ("", "steps", "dense", "plan", "speed-up"), rows)
 

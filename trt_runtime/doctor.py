@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -15,6 +14,9 @@ from pathlib import Path
 
 from plans.errors import ArrowheadError
 from plugins.torch.library import find_library, load_library
+from trt_runtime.onnxruntime_operators import find_operators, register_operators
+from trt_runtime.tensorrt_library import find_plugin_library, plugin_identity, tensorrt
+from trt_runtime.triton.server import find_server
 
 _PACKAGES = (
     "torch",
@@ -89,10 +91,12 @@ def examine() -> list[Finding]:
         _package("onnxscript", "export", "pip install 'arrowhead[export]'"),
         _onnxruntime(),
         _onnxruntime_cuda(),
+        _onnxruntime_operators(),
         _tensorrt(),
-        _tensorrt_library(),
+        _plugin_library(),
         _kernel_library(),
         _nvcc(),
+        _triton(),
     ]
 
 
@@ -176,34 +180,48 @@ def _onnxruntime_cuda() -> Finding:
     )
 
 
+def _onnxruntime_operators() -> Finding:
+    subject = "ONNX Runtime operators"
+    good_for = "backend onnxruntime: attention as one kernel, arrow heads at what they keep"
+    try:
+        path = find_operators()
+        if path is not None and _providers():
+            options = importlib.import_module("onnxruntime").SessionOptions()
+            register_operators(options, path)
+    except ArrowheadError as error:
+        return Finding(subject, False, str(error.got), good_for, error.fix)
+    if path is not None:
+        return Finding(subject, True, str(path), good_for)
+    install = (
+        "make plugins-cpu (a C++ compiler and ONNX Runtime's headers: on Debian 13 "
+        "apt-get install g++ libonnxruntime-dev)"
+    )
+    return Finding(subject, False, "not built: function bodies are used", good_for, install)
+
+
 def _tensorrt() -> Finding:
-    good_for = "TensorRT engines, in a later version"
-    for name in ("tensorrt", "tensorrt_bindings"):
-        try:
-            module = importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError):
-            continue
-        version = getattr(module, "__version__", "?")
-        return Finding("TensorRT Python", True, f"{name} {version}", good_for)
-    return Finding(
-        "TensorRT Python", False, "not installed", good_for, "pip install 'arrowhead[tensorrt]'"
-    )
+    try:
+        found = tensorrt()
+    except ArrowheadError as error:
+        return Finding("TensorRT", False, str(error.got), "backend tensorrt", error.fix)
+    bindings = f"bindings {found.api.__version__}"
+    where = "builds here, runs where a GPU is" if found.is_rtx else "builds and runs with a GPU"
+    text = f"{found.flavour} {found.version}, {bindings}"
+    return Finding("TensorRT", True, text, f"backend tensorrt: {where}")
 
 
-def _tensorrt_library() -> Finding:
-    for version in ("11", "10"):
-        try:
-            ctypes.CDLL(f"libnvinfer.so.{version}")
-        except OSError:
-            continue
-        return Finding("TensorRT library", True, f"libnvinfer.so.{version}", "TensorRT engines")
-    return Finding(
-        "TensorRT library",
-        False,
-        "no libnvinfer.so.11 or .10 on the library path",
-        "TensorRT engines",
-        "TensorRT 10.13 or newer, its lib folder in LD_LIBRARY_PATH",
-    )
+def _plugin_library() -> Finding:
+    good_for = "backend tensorrt: the operators as plugins"
+    path = find_plugin_library()
+    if path is None:
+        fix = "make plugins, with nvcc and TensorRT's headers"
+        return Finding("TensorRT plugin library", False, "none", good_for, fix)
+    try:
+        version, build_id = plugin_identity(path)
+    except ArrowheadError as error:
+        return Finding("TensorRT plugin library", False, str(error.got), good_for, error.fix)
+    text = f"{path}, version {version}, build {build_id}"
+    return Finding("TensorRT plugin library", True, text, good_for)
 
 
 def _kernel_library() -> Finding:
@@ -224,3 +242,12 @@ def _nvcc() -> Finding:
         "building the kernel library: make plugins",
         "" if path else "the CUDA toolkit, 12.3 or newer",
     )
+
+
+def _triton() -> Finding:
+    good_for = "arrowhead triton --check, bench serve, soak"
+    try:
+        server = find_server()
+    except ArrowheadError as error:
+        return Finding("tritonserver", False, str(error.got), good_for, error.fix)
+    return Finding("tritonserver", True, str(server.executable), good_for)

@@ -1,4 +1,8 @@
-"""Bucket graphs on ONNX Runtime: CPU by function bodies, CUDA where that provider is installed."""
+"""Bucket graphs on ONNX Runtime, on a CPU, or on CUDA where that provider is installed.
+
+The operators run by their function bodies, or by kernels of their own where those are built
+(trt_runtime.onnxruntime_operators).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from torch import Tensor
 from plans.bundle import Bundle, GraphSpec, WeightSpec
 from plans.errors import ArrowheadError
 from trt_runtime.engine import check_buffers
+from trt_runtime.onnxruntime_operators import operators_for, register_operators
 
 # TensorProto.DataType numbers: ONNX Runtime takes these where NumPy has no type (bfloat16).
 _ONNX_TYPES = {
@@ -161,6 +166,9 @@ class OnnxRuntimeEngine:
             options.enable_profiling = True
             prefix = self.settings.profile / self._path.stem
             options.profile_file_prefix = str(prefix)
+        library = operators_for(self._graph, self.settings.device)
+        if library is not None:
+            register_operators(options, library)
         if self.settings.device == "cpu":
             _share_arena(ort)
             options.add_session_config_entry("session.use_env_allocators", "1")

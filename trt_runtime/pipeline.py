@@ -92,11 +92,15 @@ def pipeline_kwargs(plan: Plan, pipe: Any) -> dict[str, Any]:
     }
 
 
-def pictures_per_call(transformer: ArrowheadTransformer) -> int:
-    """Pictures in one pipeline call: rows of the bundle, halved where each has a negative row."""
-    plan = transformer.plan
+def rows_per_picture(plan: Plan) -> int:
+    """Rows of a transformer call that one picture takes: two where it has a negative row."""
     pairs = plan.sampler.cfg and plan.model.architecture == "SD3Transformer2DModel"
-    return transformer.bundle.batch // (2 if pairs else 1)
+    return 2 if pairs else 1
+
+
+def pictures_per_call(transformer: ArrowheadTransformer) -> int:
+    """Pictures in one pipeline call, from the rows of the bundle."""
+    return transformer.bundle.batch // rows_per_picture(transformer.plan)
 
 
 def generate(
@@ -118,7 +122,7 @@ def generate(
         # A bundle has a fixed number of rows: the last call is filled up, the surplus dropped.
         filled = chunk + [chunk[-1]] * (size - len(chunk))
         seeds = [seed + start + i for i in range(size)]
-        made = _call(pipe, filled, seeds, overrides)
+        made = draw(pipe, filled, seeds, **overrides)
         pictures += made[: len(chunk)]
         for _ in chunk:
             if on_picture is not None:
@@ -126,21 +130,33 @@ def generate(
     return pictures
 
 
-def _call(
-    pipe: Any, prompts: list[str], seeds: list[int], overrides: dict[str, Any]
+def draw(
+    pipe: Any,
+    prompts: Sequence[str] | None,
+    seeds: Sequence[int],
+    *,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    **overrides: Any,
 ) -> list[Picture]:
+    """Make the pictures of one pipeline call, one a seed: as many as pictures_per_call says.
+
+    prompts: one a seed; None where the overrides hold embeddings. on_step hears each step's number
+    and the latents after it; what it raises ends the call.
+    """
     transformer: ArrowheadTransformer = pipe.transformer
     last: dict[str, Tensor] = {}
 
-    def keep(_: Any, __: int, ___: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def keep(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         last.update(tensors)
+        if on_step is not None:
+            on_step(step, tensors["latents"])
         return {}
 
     arguments = pipeline_kwargs(transformer.plan, pipe) | overrides
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
     images = pipe(
-        prompts,
+        None if prompts is None else list(prompts),
         generator=generators if len(generators) > 1 else generators[0],
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["latents"],
@@ -151,6 +167,6 @@ def _call(
     return [
         Picture(prompt, seed, image, latents.float().cpu(), seconds, steps)
         for prompt, seed, image, latents in zip(
-            prompts, seeds, images, last["latents"], strict=True
+            prompts or [""] * len(seeds), seeds, images, last["latents"], strict=True
         )
     ]

@@ -151,6 +151,22 @@ def test_bench_profile_says_where_the_time_goes(
     assert report["operators"]["plan"]
 
 
+def test_without_tensorrt_the_embedded_backend_is_built_if_that_is_asked_for(
+    onnx_bundle: Bundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _, _ = onnx_bundle("flux")
+    shutil.copytree(folder, tmp_path / "bundle")
+    command = ["build", str(tmp_path / "bundle"), "--backend", "tensorrt", "--threads", "1"]
+    assert main(command) == 2
+    assert "pip install 'arrowhead[tensorrt]'" in capsys.readouterr().err
+    assert main([*command, "--fallback"]) == 0
+    said = capsys.readouterr().out
+    assert "no TensorRT to build with (" in said and "building for onnxruntime instead" in said
+    assert "bucket_1.onnx" in said
+    engines = load_bundle(tmp_path / "bundle").engines
+    assert {(e.backend, e.verified) for e in engines} == {("onnxruntime", True)}
+
+
 def test_edited_plan_and_missing_files_are_refused(
     onnx_bundle: Bundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

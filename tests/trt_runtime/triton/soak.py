@@ -1,0 +1,224 @@
+"""A long mixed load on the real server: every finished picture is held against its stored twin.
+
+    python -m tests.trt_runtime.triton.soak --requests 2000
+
+A fifth of the requests is cancelled, clients are killed, one of the two models is unloaded and
+loaded meanwhile. Fails if a picture differs, if the server grows, or if shared memory is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tritonclient.grpc as grpc
+
+from plans.errors import atomic_write
+from tests.trt_runtime.triton.conftest import ROOT, Pixels, Twin, assert_near, decode
+from tests.trt_runtime.triton.micro import STEPS, make_bundle
+from tests.trt_runtime.triton.processes import resident_bytes, stubs, wait_for
+from trt_runtime.triton.client import Client
+from trt_runtime.triton.environment import install
+from trt_runtime.triton.repository import Settings, write_model
+from trt_runtime.triton.server import Server, find_server
+
+PAIRS = 32
+CLIENTS = 4
+GROWTH = 0.02  # of the server's and its models' memory, last half against the first
+_AWAY = ("is not ready", "has no available versions", "is not found", "unloading", "UNAVAILABLE")
+_DYING = """
+import sys, time
+from trt_runtime.triton.client import Client
+client = Client(sys.argv[1], model="soak")
+calls = [client.begin(["a red circle"], seed=i) for i in range(8)]
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+class Enough(Exception):
+    """What a client raises to hang up on its stream."""
+
+
+class Soak:
+    """The requests, what became of them, and what was found wrong."""
+
+    def __init__(self, server: Server, twins: dict[tuple[str, int], Pixels]) -> None:
+        self.server = server
+        self.address = f"127.0.0.1:{server.grpc}"
+        self.twins = twins
+        self.results: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._local = threading.local()
+        self._pairs = list(twins)
+
+    def request(self, index: int) -> None:
+        """Make the request of this number, again if it finds the model away."""
+        while self._once(index) == "away":
+            time.sleep(0.25)
+
+    def _once(self, index: int) -> str:
+        """Make it once: what it is follows from the number alone."""
+        rng = random.Random(index)
+        chosen = rng.sample(self._pairs, rng.choice((1, 1, 2)))
+        kind = rng.choices(("draw", "stream", "cancel", "hang up"), (50, 30, 10, 10))[0]
+        model = "soak_stream" if kind in ("stream", "hang up") else "soak"
+        client = self._client(model)
+        prompts, seeds = [p for p, _ in chosen], [s for _, s in chosen]
+        try:
+            if kind == "draw":
+                self._compare(chosen, client.draw(prompts, seed=seeds).pictures)
+            elif kind == "stream":
+                self._compare(chosen, client.stream(prompts, seed=seeds, preview_every=4).pictures)
+            elif kind == "cancel":
+                call = client.begin(prompts, seed=seeds)
+                time.sleep(rng.random() * 0.1)
+                call.cancel()
+            else:
+                client.stream(prompts, seed=seeds, on_progress=_hang_up_at(rng.randrange(1, STEPS)))
+        except Enough:
+            pass
+        except client.refusal as error:
+            # The one model that is reloaded may be away meanwhile; nothing else may be refused.
+            if model == "soak" and any(word in str(error) for word in _AWAY):
+                kind = "away"
+            else:
+                self.wrong.append(f"request {index}, {kind}: {error}")
+        self.results[kind] += 1
+        return kind
+
+    def kill_a_client(self) -> None:
+        """Let a process with requests under way die."""
+        child = subprocess.Popen(
+            [sys.executable, "-c", _DYING, self.address], cwd=ROOT, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        self.results["clients killed"] += 1
+
+    def reload(self) -> None:
+        """Unload the model under load, and load it again."""
+        control = grpc.InferenceServerClient(self.address)
+        control.unload_model("soak")
+        wait_for("unload", lambda: len(stubs(self.server)) == 1)
+        control.load_model("soak")
+        control.close()
+        self.results["reloads"] += 1
+
+    def _compare(self, chosen: list[tuple[str, int]], pictures: list[bytes]) -> None:
+        for pair, png in zip(chosen, pictures, strict=True):
+            try:
+                assert_near(decode(png), self.twins[pair])
+            except AssertionError as error:
+                self.wrong.append(f"picture {pair}: {error}")
+            self.results["pictures compared"] += 1
+
+    def _client(self, model: str) -> Client:
+        name = f"client_{model}"
+        if not hasattr(self._local, name):
+            setattr(self._local, name, Client(self.address, model=model))
+        return getattr(self._local, name)
+
+
+def _hang_up_at(step: int) -> Any:
+    def hear(done: int, _: list[bytes]) -> None:
+        if done >= step:
+            raise Enough
+
+    return hear
+
+
+def run(requests: int) -> dict[str, Any]:
+    """Soak a server; give what was counted and found."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = make_bundle("sd3", Path(folder))
+        twin = Twin(bundle)
+        prompts = (ROOT / "tests/testbed/tiny-sd3/calibration_prompts.txt").read_text().splitlines()
+        pairs = list(itertools.islice(itertools.cycle(prompts), PAIRS))
+        twins = {(p, seed): twin([p], [seed])[0] for seed, p in enumerate(pairs)}
+        models = Path(folder) / "models"
+        settings = Settings(threads=1, poison=True)
+        write_model(bundle, models, name="soak", settings=settings)
+        write_model(bundle, models, name="soak_stream", kind="stream", settings=settings)
+        installation = find_server(install(ROOT / "build" / "triton-server"))
+        with Server(models, installation, explicit=True, load=["soak", "soak_stream"]) as server:
+            report = _halves(Soak(server, twins), requests)
+            segments = server.shared_memory()
+            server_stopped = server
+        report["shared_memory_left"] = [str(s) for s in segments if s.exists()]
+        report["clean_stop"] = server_stopped.clean_stop
+    return report
+
+
+def _halves(soak: Soak, requests: int) -> dict[str, Any]:
+    """Make the requests, the same disturbances in each half, and weigh the server after each."""
+    started = time.perf_counter()
+    weights: list[int] = []
+    half = requests // 2
+    for first in (0, half):
+        with ThreadPoolExecutor(CLIENTS + 1) as pool:
+            jobs = []
+            for index in range(first, first + half):
+                done = index - first
+                if done == half // 4:
+                    jobs.append(pool.submit(soak.reload))
+                if done % max(1, half // 8) == half // 16:
+                    jobs.append(pool.submit(soak.kill_a_client))
+                jobs.append(pool.submit(soak.request, index))
+            for job in jobs:
+                job.result()
+        wait_for(
+            "the queue's end",
+            lambda: not soak.server.metric("nv_inference_pending_request_count"),
+        )
+        weights.append(resident_bytes([soak.server.pid, *stubs(soak.server)]))
+    growth = weights[1] / weights[0] - 1
+    return {
+        "requests": requests,
+        "seconds": time.perf_counter() - started,
+        "results": dict(soak.results),
+        "wrong": soak.wrong,
+        "resident_bytes": weights,
+        "growth": growth,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=Path("build/soak.json"))
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)  # as the served models have it
+    report = run(arguments.requests)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(arguments.output, json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    faults = {
+        "pictures that differ or requests that failed": report["wrong"],
+        f"growth beyond {GROWTH:.0%}": report["growth"] > GROWTH,
+        "shared memory left": report["shared_memory_left"],
+        "an unclean stop": not report["clean_stop"],
+    }
+    for what in (name for name, found in faults.items() if found):
+        print(f"failed: {what}", file=sys.stderr)
+    return 1 if any(faults.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

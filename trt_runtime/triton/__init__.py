@@ -1,0 +1,1 @@
+"""Serve a bundle with NVIDIA Triton Inference Server: repository, model, server, client, load."""
