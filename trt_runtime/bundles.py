@@ -78,9 +78,7 @@ def load_transformer(
         copy = DeviceWeights(folder / bundle.weights_file, device)
         memory = ActivationMemory(device)
         for graph in graphs:
-            engines[graph.bucket or 0] = TensorRTEngine(
-                folder, bundle, graph, copy, memory, device
-            )
+            engines[graph.bucket or 0] = TensorRTEngine(folder, bundle, graph, copy, memory, device)
     else:
         raise _unknown(backend)
     kind = TRANSFORMERS[bundle.model["architecture"]]

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            _check_device(options)
             return options.run(options) or 0
     except ArrowheadError as error:
         if options.debug:
@@ -59,6 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _check_device(options: argparse.Namespace) -> None:
+    """Refuse a GPU that PyTorch does not see, before anything is loaded for it.
+
+    TensorRT has its own say: TensorRT-RTX builds engines where there is no GPU.
+    """
+    device = getattr(options, "device", "cpu")
+    if not device.startswith("cuda") or getattr(options, "backend", None) == "tensorrt":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ArrowheadError(
+            f"device {device}",
+            got=f"no GPU that PyTorch {torch.__version__} can use",
+            expected="an NVIDIA GPU, its driver and a CUDA build of PyTorch",
+            fix="run without --device, on the CPU; `arrowhead doctor` says what is missing",
+        )
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

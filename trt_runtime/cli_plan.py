@@ -197,7 +197,7 @@ def search(arguments: argparse.Namespace) -> int:
             source=arguments.model,
             revision=arguments.revision,
             progress=lambda stage, done, total, saved: advance(
-                f"{stage}, {percent(saved)} saved", done, total
+                f"{stage}, {percent(saved)} saved" if saved else stage, done, total
             ),
         )
     make_parent(arguments.output)

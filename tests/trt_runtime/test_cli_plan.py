@@ -72,6 +72,15 @@ def test_search_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "p.json").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "search", "--model", "any", "--output", str(tmp_path / "plan.json")]
+    assert main([*arguments, "--device", "cuda"]) == 2
+    assert "device cuda | got no GPU" in capsys.readouterr().err
+
+
 def test_every_verb_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = ["export", "build", "run", "bench", "verify", "inspect", "doctor"]
     actions = [["plan", a] for a in ("search", "show", "diff", "edit", "import", "check")]
