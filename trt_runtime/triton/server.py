@@ -92,6 +92,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._stack = ExitStack()
         self.clean_stop = False  # True after a stop that took no SIGKILL
+        self.left: list[Path] = []  # shared memory that the server left at its stop
 
     @property
     def pid(self) -> int:
@@ -208,7 +209,8 @@ class Server:
             except ProcessLookupError:
                 pass
             process.wait()
-        for segment in self.shared_memory():  # an unclean stop leaves them
+        self.left = self.shared_memory()  # an unclean stop leaves them
+        for segment in self.left:
             segment.unlink(missing_ok=True)
         self._stack.close()
 
