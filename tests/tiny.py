@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 
 from plans.models import ModelSpec, config_fingerprint, model_spec
@@ -149,3 +149,20 @@ def with_modes(plan: Plan, modes: dict[str, tuple[int, ...]]) -> Plan:
     buckets = list(plan.buckets)
     buckets[1] = Bucket({**buckets[1].modes, **modes})
     return replace(plan, buckets=tuple(buckets))
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Decode a latent pixel to eight pixels, four latent channels."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=64,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
@@ -66,20 +65,7 @@ def prompts_without_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
 def save_pipeline(model: Any, folder: Path) -> None:
     """Save a tiny pipeline in diffusers' format, without text encoders."""
     pipe = tiny_pipeline(model)
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4,) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=64,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    pipe.register_modules(vae=vae)
+    pipe.register_modules(vae=tiny.tiny_vae())
     pipe.save_pretrained(folder)
 
 

@@ -34,7 +34,7 @@ def install(folder: Path) -> Path:
     folder = folder.resolve()
     if (folder / "backends").is_dir():
         return folder
-    library_folder()
+    libpython_folder()
     venv.create(folder, with_pip=False, clear=True, symlinks=True)
     python = folder / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
@@ -71,7 +71,7 @@ def server_files(folder: Path) -> tuple[Path, Path]:
     return executable, folder / "backends"
 
 
-def library_folder() -> Path:
+def libpython_folder() -> Path:
     """Find the folder of libpython, which the server's stub loads but does not carry."""
     name = f"libpython{_minor()}.so.1.0"
     folder = Path(sysconfig.get_config_var("LIBDIR") or "")

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from plans.errors import ArrowheadError
-from trt_runtime.triton.environment import library_folder, server_files
+from trt_runtime.triton.environment import libpython_folder, server_files
 
 SERVER_VARIABLE = "ARROWHEAD_TRITON"
 _SHARED_MEMORY = Path("/dev/shm")
@@ -48,7 +48,7 @@ def find_server(folder: Path | None = None) -> Installation:
         executable, backends = server_files(folder)
         # The stub asks PATH for its Python, and ignores PYTHONPATH.
         path = f"{folder.resolve() / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-        variables = (("PATH", path), ("LD_LIBRARY_PATH", str(library_folder())))
+        variables = (("PATH", path), ("LD_LIBRARY_PATH", str(libpython_folder())))
         return Installation(executable, backends, variables)
     found = shutil.which("tritonserver")
     if found is None:

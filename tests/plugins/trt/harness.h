@@ -82,15 +82,15 @@ Function* function(void* library, const char* name) {
 
 /// The creators of the plugin library, as TensorRT asks for them.
 struct Plugins {
-  void* library;
+  void* handle;
   nvinfer1::IPluginCreatorV3One* arrow_attention = nullptr;
   nvinfer1::IPluginCreatorV3One* cached_head = nullptr;
 
-  Plugins(const char* path, nvinfer1::ILoggerFinder* log) : library(open_library(path)) {
-    function<void(nvinfer1::ILoggerFinder*)>(library, "setLoggerFinder")(log);
+  Plugins(const char* path, nvinfer1::ILoggerFinder* log) : handle(open_library(path)) {
+    function<void(nvinfer1::ILoggerFinder*)>(handle, "setLoggerFinder")(log);
     using Creators = nvinfer1::IPluginCreatorInterface* const*(std::int32_t&);
     std::int32_t count = 0;
-    auto* const* list = function<Creators>(library, "getCreators")(count);
+    auto* const* list = function<Creators>(handle, "getCreators")(count);
     for (std::int32_t i = 0; i < count; ++i) {
       auto* creator = static_cast<nvinfer1::IPluginCreatorV3One*>(list[i]);
       const std::string name = creator->getPluginName();

@@ -177,7 +177,7 @@ void timing_ids(const Plugins& plugins) {
     CHECK(first != id(cached, "layer 1", [](Fields& f) { f.half_windows = {-1, 1, 0}; }));
   }
   CHECK(id(true, "x", same) != id(true, "x", [](Fields& f) { f.source = {3, 0, 1, 4, 1}; }));
-  const auto build = function<const char*()>(plugins.library, "arrowhead_build_id");
+  const auto build = function<const char*()>(plugins.handle, "arrowhead_build_id");
   CHECK(contains(id(true, "x", same), build()));
   CHECK(std::string(build()).size() == 16);
 }
@@ -294,7 +294,7 @@ void another_tensorrt_is_left_alone(const Plugins& plugins) {
   const auto creators = [&] {
     using Creators = nvinfer1::IPluginCreatorInterface* const*(std::int32_t&);
     std::int32_t count = -1;
-    function<Creators>(plugins.library, "getCreators")(count);
+    function<Creators>(plugins.handle, "getCreators")(count);
     return count;
   };
   for (const int version : {8601, NV_TENSORRT_MAJOR == 10 ? 110100 : 101300, 120000}) {

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
@@ -54,7 +53,7 @@ def _parts() -> Any:
 def _sd3() -> StableDiffusion3Pipeline:
     parts = _parts()
     transformer = tiny.tiny_sd3(num_layers=2, dual_attention_layers=(), **WIDTHS)
-    given = dict(parts.components) | {"transformer": transformer, "vae": _vae()}
+    given = dict(parts.components) | {"transformer": transformer, "vae": tiny.tiny_vae()}
     return StableDiffusion3Pipeline(**{**given, "scheduler": FlowMatchEulerDiscreteScheduler()})
 
 
@@ -65,29 +64,13 @@ def _flux() -> FluxPipeline:
     widths = WIDTHS | {"pooled_projection_dim": clip.config.hidden_size}
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(),
+        vae=tiny.tiny_vae(),
         text_encoder=clip,
         tokenizer=parts.tokenizer,
         text_encoder_2=parts.text_encoder_3,
         tokenizer_2=parts.tokenizer_3,
         transformer=tiny.tiny_flux(num_layers=1, num_single_layers=1, **widths),
     )
-
-
-def _vae() -> AutoencoderKL:
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4,) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=64,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
 
 
 def _plan(transformer: Any, kind: str, seed: int) -> Plan:

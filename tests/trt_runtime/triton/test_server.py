@@ -67,4 +67,4 @@ def test_pip_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_python_without_its_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_minor", lambda: "3.99")
     with pytest.raises(ArrowheadError, match=r"got no libpython3\.99\.so.*--enable-shared"):
-        environment.library_folder()
+        environment.libpython_folder()
