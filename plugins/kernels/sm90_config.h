@@ -16,6 +16,7 @@ struct Tuning {
   int stages;              // tiles of K, and of V, in flight
   int producer_registers;
   int consumer_registers;
+  int polynomial;          // eighths of the exponentials that are multiply-adds
 };
 
 /// `wide` is the D = 64 tile of 192 rows; elsewhere it changes nothing.
@@ -23,10 +24,10 @@ constexpr Tuning tuning(int head_dim, bool wide) {
   // 128 keys: at block 128 no tile of a band needs a mask, and a band starts on a tile.
   // D 128: 64 scores, 32 weights and 64 outputs a thread need two groups of 240 registers. Two
   // stages of 64 KB leave room for an output buffer, so that the next Q need not wait for a store.
-  if (head_dim == 128) return {2, 128, 2, 40, 232};
+  if (head_dim == 128) return {2, 128, 2, 40, 232, 0};
   // D 64: exp2 takes as long as the products; a third group gives the scheduler more to overlap.
-  if (wide) return {3, 128, 4, 32, 160};
-  return {2, 128, 4, 40, 232};
+  if (wide) return {3, 128, 4, 32, 160, 0};
+  return {2, 128, 4, 40, 232, 0};
 }
 
 template <class T_, int kHeadDim_, bool kWide_>

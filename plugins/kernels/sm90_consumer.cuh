@@ -181,7 +181,7 @@ struct Consumer {
                                           float (&s)[C::kScores], OnlineSoftmax& softmax) {
     const bool masked = position >= open[0] && (position < open[1] || position >= open[2]);
     if (masked) mask(position, s);
-    return softmax.step(s, params.problem.scale_log2);
+    return softmax.step<C::kTuning.polynomial>(s, params.problem.scale_log2);
   }
 
   __device__ __forceinline__ void mask(int position, float (&s)[C::kScores]) {

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,30 @@ from tests.testbed import models, scenes
 from tests.testbed.fit_parts import Clock, fit_words, follow
 from tests.testbed.scenes import Scenes
 
-CAPTION_DROPOUT = {"tiny-sd3": 0.1, "tiny-flux": 0.0}  # only SD3 has classifier-free guidance
+CAPTION_DROPOUT = 0.1  # share of captions left out, for classifier-free guidance
+GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a pipeline's training.
+
+    coarse: latents are averaged over coarse x coarse and batches are as many times coarse larger;
+    guided: the aim is what the model so far says under classifier-free guidance.
+    """
+
+    share: float  # of the time
+    coarse: int = 1
+    guided: bool = False
+
+
+# tiny-flux has no image positions but RoPE's, and needs many captions before it places a thing:
+# it sees them on a quarter of the tokens. Like FLUX.1-dev it is then distilled from its own guided
+# predictions, so that it draws with one row a picture.
+STAGES = {
+    "tiny-sd3": (Stage(1.0),),
+    "tiny-flux": (Stage(0.35, coarse=2), Stage(0.4), Stage(0.25, guided=True)),
+}
 # Share of a batch at sigmas of 0.8..1, besides those drawn there: where the caption alone tells
 # what is where, and the order of its words is learned.
 LAYOUT_SHARE = {"tiny-sd3": 0.0, "tiny-flux": 0.25}
@@ -88,7 +112,10 @@ def velocity(
     sigma: Tensor,
     text: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Call the transformer as its pipeline does: noisy [B, 8, 64, 64], sigma [B] in 0..1."""
+    """Call the transformer as its pipeline does: noisy [B, 8, h, w], sigma [B] in 0..1.
+
+    FLUX's positions are those of the whole picture's latents, whatever h and w.
+    """
     sequence, pooled = text
     if not isinstance(pipe, FluxPipeline):
         return transformer(
@@ -99,20 +126,23 @@ def velocity(
             return_dict=False,
         )[0]
     b, c, h, w = noisy.shape
+    positions = pipe._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, torch.float32)
+    pitch = models.LATENT_SIDE // h
+    positions = positions * pitch + (pitch - 1) / 2 * positions.new_tensor([0.0, 1.0, 1.0])
     packed = transformer(
         hidden_states=pipe._pack_latents(noisy, b, c, h, w),
         timestep=sigma,
         encoder_hidden_states=sequence,
         pooled_projections=pooled,
         txt_ids=torch.zeros(sequence.shape[1], 3, device=noisy.device),
-        img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, torch.float32),
+        img_ids=positions,
         return_dict=False,
     )[0]
     return packed.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
 class PipelineFit:
-    """Fits a transformer and its text encoders by rectified flow (Esser et al., 2024).
+    """Fits a transformer and its text encoders by rectified flow (Esser et al., 2024), in stages.
 
     latents: [n, 8, 64, 64]; captions: their CLIP and T5 ids, [n, phrasings, length] each. The
     weights it leaves are a running average.
@@ -136,45 +166,90 @@ class PipelineFit:
         self.average = copy.deepcopy(self.trained)
         self.optimizers = _optimizers(self.transformer, self.encoders)
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        self.call = torch.compile(self.transformer) if compiled else self.transformer
+        self.compiled = compiled
+        self._compile(self.transformer)
 
     def run(self, minutes: float, batch: int) -> None:
-        clock, step = Clock(minutes), 0
-        while clock.spent < 1:
-            loss = self._loss(batch)
-            for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-                optimizer.zero_grad(set_to_none=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * clock.rate(step)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            follow(self.average, self.trained, min(0.9995, step / (step + 10)))
-            step += 1
-            if step % 100 == 0:
-                seconds = clock.spent * clock.budget
-                print(f"{self.name} {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+        clock, step, spent = Clock(minutes), 0, 0.0
+        for stage in STAGES[self.name]:
+            spent += stage.share
+            teacher = None
+            if stage.guided:
+                self.trained.load_state_dict(self.average.state_dict())
+                teacher = copy.deepcopy(self.trained).eval().requires_grad_(False)
+                self._compile(teacher[0])
+            while clock.spent < min(spent, 1):
+                loss = self._loss(stage, batch * stage.coarse, teacher)
+                self._update(loss, clock.rate(step))
+                step += 1
+                follow(self.average, self.trained, min(0.9995, step / (step + 10)))
+                if step % 100 == 0:
+                    seconds = clock.spent * clock.budget
+                    print(f"{self.name} {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
         self.trained.load_state_dict(self.average.state_dict())
 
-    def _loss(self, batch: int) -> Tensor:
+    def _compile(self, transformer: nn.Module) -> None:
+        """Compile block by block: all blocks of a kind share what is made for the first."""
+        singles = getattr(transformer, "single_transformer_blocks", ())
+        for block in (*transformer.transformer_blocks, *singles):
+            if self.compiled:
+                block.compile(dynamic=False)
+
+    def _update(self, loss: Tensor, rate: float) -> None:
+        for optimizer, full in zip(self.optimizers, self.rates, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = full * rate
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _loss(self, stage: Stage, batch: int, teacher: nn.ModuleList | None) -> Tensor:
         device, config = self.device, self.pipe.vae.config
         pick = torch.randint(len(self.latents), (batch,), device=device)
         phrasing = torch.randint(2, (batch,), device=device)
-        drop = torch.rand(batch, 1, device=device) < CAPTION_DROPOUT[self.name]
-        clip, t5 = (
-            torch.where(drop, nothing, ids[pick, phrasing])
-            for nothing, ids in zip(self.no_caption, self.captions, strict=True)
-        )
+        said = [ids[pick, phrasing] for ids in self.captions]
+        left_out = torch.rand(batch, 1, device=device) < (0 if stage.guided else CAPTION_DROPOUT)
         clean = (self.latents[pick].float() - config.shift_factor) * config.scaling_factor
+        clean = F.avg_pool2d(clean, stage.coarse)
         noise = torch.randn_like(clean)
         sigma = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
         sigma[: int(LAYOUT_SHARE[self.name] * batch)].uniform_(0.8, 1)
+        noisy = clean.lerp(noise, sigma[:, None, None, None])
         with torch.autocast(device, torch.bfloat16):
-            text = models.encode_text(self.encoders, clip, t5)
-            noisy = clean.lerp(noise, sigma[:, None, None, None])
-            guess = velocity(self.pipe, self.call, noisy, sigma, text)
-        return F.mse_loss(guess.float(), noise - clean)
+            aim = noise - clean
+            if teacher is not None:
+                aim = self._guided(teacher, noisy, sigma, said)
+            guess = self._guess(self.trained, noisy, sigma, said, left_out)
+        return F.mse_loss(guess.float(), aim)
+
+    def _guess(
+        self,
+        trained: nn.ModuleList,
+        noisy: Tensor,
+        sigma: Tensor,
+        said: list[Tensor],
+        left_out: Tensor,
+    ) -> Tensor:
+        transformer, encoders = trained
+        clip, t5 = (
+            torch.where(left_out, nothing, ids)
+            for nothing, ids in zip(self.no_caption, said, strict=True)
+        )
+        text = models.encode_text(encoders, clip, t5)
+        return velocity(self.pipe, transformer, noisy, sigma, text)
+
+    @torch.no_grad()
+    def _guided(
+        self, teacher: nn.ModuleList, noisy: Tensor, sigma: Tensor, said: list[Tensor]
+    ) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans, 2022) as SD3's pipeline does it."""
+        with_caption, without = (
+            self._guess(teacher, noisy, sigma, said, torch.full_like(sigma[:, None], b).bool())
+            for b in (False, True)
+        )
+        return without.float().lerp(with_caption.float(), GUIDANCE)
 
 
 def start_pipeline(name: str, vae: AutoencoderKL, folder: Path) -> DiffusionPipeline:
