@@ -93,7 +93,8 @@ struct Worker {
                     visible_keys(layout, work.segment, keys, row, task.mode),
                     visible_keys(layout, work.segment, keys, row + 8, task.mode));
       }
-      scale_rows(o, softmax.step<0>(s, params.problem.scale_log2));
+      const float2 factor = softmax.step<true>(s, params.problem.scale_log2);
+      if (any_rescales(factor)) scale_rows(o, factor);
       std::uint32_t p[kTileK / 4];
       pack_rows<T>(s, p);
       multiply_p_v(o, p, Tile<kHeadDim>{shared.v[i % kStages]});

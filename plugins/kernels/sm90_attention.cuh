@@ -36,6 +36,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (smem_address(dynamic_shared) % 1024 != 0) __trap();  // swizzle patterns would not line up
 
   if (threadIdx.x == 0) init_barriers(shared);
+  if (C::kOnes) {
+    auto* ones = reinterpret_cast<typename C::T*>(shared.ones);
+    for (int i = threadIdx.x; i < 16 * kSlabColumns; i += C::kThreads) ones[i] = typename C::T(1.f);
+    fence_proxy_async();  // the tensor cores read them
+  }
   build_run_table(shared.table, shared.costs, params.problem);  // ends with a CTA barrier
 
   // The warpgroup index is the same in all lanes; the shuffle tells the compiler so.

@@ -16,7 +16,6 @@ struct Tuning {
   int stages;              // tiles of K, and of V, in flight
   int producer_registers;
   int consumer_registers;
-  int polynomial;          // eighths of the exponentials that are multiply-adds
 };
 
 /// `wide` is the D = 64 tile of 192 rows; elsewhere it changes nothing.
@@ -24,10 +23,10 @@ constexpr Tuning tuning(int head_dim, bool wide) {
   // 128 keys: at block 128 no tile of a band needs a mask, and a band starts on a tile.
   // D 128: 64 scores, 32 weights and 64 outputs a thread need two groups of 240 registers. Two
   // stages of 64 KB leave room for an output buffer, so that the next Q need not wait for a store.
-  if (head_dim == 128) return {2, 128, 2, 40, 232, 0};
+  if (head_dim == 128) return {2, 128, 2, 40, 232};
   // D 64: exp2 takes as long as the products; a third group gives the scheduler more to overlap.
-  if (wide) return {3, 128, 4, 32, 160, 0};
-  return {2, 128, 4, 40, 232, 0};
+  if (wide) return {3, 128, 4, 32, 160};
+  return {2, 128, 4, 40, 232};
 }
 
 template <class T_, int kHeadDim_, bool kWide_>
@@ -44,7 +43,10 @@ struct Config {
   static constexpr int kGroupBytes = 64 * kHeadDim * 2;    // one group's rows of Q or O
   static constexpr int kKvBytes = kTileK * kHeadDim * 2;
   static constexpr int kScores = kTileK / 2;  // accumulator registers of a thread
-  static constexpr int kOutputs = kHeadDim / 2;
+  // Where exponentials set the pace, the tensor cores add up the weights: V has eight more columns,
+  // of ones. At D 128 they would not fit behind V's two slabs.
+  static constexpr bool kOnes = kHeadDim == 64;
+  static constexpr int kOutputs = kHeadDim / 2 + (kOnes ? 4 : 0);
 
   static_assert(kHeadDim == 64 || kHeadDim == 128, "whole slabs, and a P V instruction for them");
   static_assert(kTileK == 128, "the Q K instruction is written for 128 keys");

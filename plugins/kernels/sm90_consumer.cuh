@@ -77,7 +77,9 @@ struct Consumer {
     return slab_descriptor(shared.k[k_at.slot()], C::kTileK * kSlabRowBytes);
   }
   __device__ __forceinline__ std::uint64_t v_descriptor() const {
-    return slab_descriptor(shared.v[v_at.slot()], C::kTileK * kSlabRowBytes);
+    const unsigned char* v = shared.v[v_at.slot()];
+    return slab_descriptor(v, C::kOnes ? static_cast<int>(shared.ones - v)
+                                       : C::kTileK * kSlabRowBytes);
   }
 
   __device__ __forceinline__ void attend() {
@@ -108,7 +110,12 @@ struct Consumer {
       for (int skip = part ? skips[1] : skips[0]; skip > 0; --skip) skip_tile();
     }
     if (position > 0) {
-      store(o, softmax.finish());
+      if constexpr (C::kOnes) {
+        constexpr int kSum = C::kHeadDim / 2;
+        store(o, {reciprocal_fast(o[kSum]), reciprocal_fast(o[kSum + 2])});
+      } else {
+        store(o, softmax.finish());
+      }
     } else {
       release(shared.q_empty[group]);
     }
@@ -130,7 +137,7 @@ struct Consumer {
     wgmma_wait<0>();
     pin(s);
     finish_k();
-    scale_rows(o, weigh(position, open, s, softmax));
+    rescale(o, weigh(position, open, s, softmax));
     pack_rows<T>(s, p);
 
 #pragma unroll 1
@@ -138,22 +145,21 @@ struct Consumer {
       barrier_wait(shared.k_full[k_at.slot()], k_at.parity());
       take_turn();
       issue_scores(s);
-      issue_outputs(o, p);
-      pass_turn();
+      issue_outputs<true>(o, p);
       wgmma_wait<1>();
       pin(s);
       finish_k();
-      const float2 rescale = weigh(position, open, s, softmax);
-      end_block_after(softmax.row_sum[0] + softmax.row_sum[1]);
+      const float2 factor = weigh(position, open, s, softmax);
+      end_block_after(C::kOnes ? some_weight(s) : softmax.row_sum[0] + softmax.row_sum[1]);
       wgmma_wait<0>();
       pin(o);
       finish_v();
-      scale_rows(o, rescale);
+      rescale(o, factor);
       pack_rows<T>(s, p);
     }
 
     if (last) release(shared.q_empty[group]);  // the next query rows may come meanwhile
-    issue_outputs(o, p);
+    issue_outputs<false>(o, p);
     wgmma_wait<0>();
     pin(o);
     finish_v();
@@ -167,21 +173,40 @@ struct Consumer {
     wgmma_commit();
   }
 
+  /// `kPassTurn` shortly before the end: the next group's first products take a while to arrive.
+  template <bool kPassTurn>
   __device__ __forceinline__ void issue_outputs(float (&o)[C::kOutputs],
                                                 std::uint32_t (&p)[C::kScores / 2]) {
+    constexpr int kSteps = C::kTileK / 16;
+    constexpr int kLast = 2;
     barrier_wait(shared.v_full[v_at.slot()], v_at.parity());
     pin(p);
     pin(o);
     wgmma_begin();
-    multiply_p_v<T>(o, p, v_descriptor());
+    multiply_p_v<T, 0, kSteps - kLast>(o, p, v_descriptor());
+    if (kPassTurn) pass_turn();
+    multiply_p_v<T, kSteps - kLast, kSteps>(o, p, v_descriptor());
     wgmma_commit();
+  }
+
+  /// Most tiles leave every row's shift as it is.
+  static __device__ __forceinline__ void rescale(float (&o)[C::kOutputs], float2 factor) {
+    if (any_rescales(factor)) scale_rows(o, factor);
+  }
+
+  /// Depends on the exponentials of every second column pair: see end_block_after.
+  static __device__ __forceinline__ float some_weight(const float (&s)[C::kScores]) {
+    float least = s[3];
+#pragma unroll
+    for (int i = 7; i < C::kScores; i += 4) least = fminf(least, s[i]);
+    return least;
   }
 
   __device__ __forceinline__ float2 weigh(int position, const int (&open)[3],
                                           float (&s)[C::kScores], OnlineSoftmax& softmax) {
     const bool masked = position >= open[0] && (position < open[1] || position >= open[2]);
     if (masked) mask(position, s);
-    return softmax.step<C::kTuning.polynomial>(s, params.problem.scale_log2);
+    return softmax.step<!C::kOnes>(s, params.problem.scale_log2);
   }
 
   __device__ __forceinline__ void mask(int position, float (&s)[C::kScores]) {
@@ -220,7 +245,7 @@ struct Consumer {
   /// outputs. The store clips rows past the segment's end.
   __device__ __forceinline__ void store(float (&o)[C::kOutputs], float2 factor) {
     scale_rows(o, factor);
-    std::uint32_t packed[C::kOutputs / 2];
+    std::uint32_t packed[C::kHeadDim / 4];
     pack_rows<T>(o, packed);
 
     if (thread == 0) tma_store_wait_read();

@@ -21,6 +21,8 @@ namespace arrowhead::sm90 {
 #define ARROWHEAD_N32                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ARROWHEAD_N36 ARROWHEAD_N32 ", %32, %33, %34, %35"
+#define ARROWHEAD_F36(d) ARROWHEAD_F32(d), ARROWHEAD_F4(d, 32)
 #define ARROWHEAD_N64                                                                      \
   ARROWHEAD_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -56,6 +58,11 @@ struct Wgmma;
       ARROWHEAD_WGMMA_RS("m64n64k16", type, ARROWHEAD_N32, "%32, %33, %34, %35", "%36",       \
                          ARROWHEAD_F32(o), p, v);                                             \
     }                                                                                         \
+    static __device__ __forceinline__ void p_v(float (&o)[36], const std::uint32_t* p,        \
+                                               std::uint64_t v) {                             \
+      ARROWHEAD_WGMMA_RS("m64n72k16", type, ARROWHEAD_N36, "%36, %37, %38, %39", "%40",       \
+                         ARROWHEAD_F36(o), p, v);                                             \
+    }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[64], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
       ARROWHEAD_WGMMA_RS("m64n128k16", type, ARROWHEAD_N64, "%64, %65, %66, %67", "%68",      \
@@ -70,6 +77,8 @@ ARROWHEAD_WGMMA_TYPE(__nv_bfloat16, "bf16");
 #undef ARROWHEAD_WGMMA_RS
 #undef ARROWHEAD_WGMMA_SS
 #undef ARROWHEAD_N64
+#undef ARROWHEAD_N36
+#undef ARROWHEAD_F36
 #undef ARROWHEAD_N32
 #undef ARROWHEAD_F64
 #undef ARROWHEAD_F32
@@ -140,14 +149,18 @@ __device__ __forceinline__ void multiply_q_k(float (&s)[kScores], std::uint64_t 
   }
 }
 
-/// O += P V. One step consumes 16 keys: two swizzle patterns of V, four registers of P.
-template <class T, int kOutputs, int kWeights>
+/// O += P V. One step consumes 16 keys: two swizzle patterns of V, four registers of P. Where O has
+/// four more registers they take the sums of P's rows: V's next slab is then 16 rows of ones, the
+/// same in every step, so the descriptor's leading offset shrinks as its address grows.
+template <class T, int kBegin, int kEnd, int kOutputs, int kWeights>
 __device__ __forceinline__ void multiply_p_v(float (&o)[kOutputs],
                                              const std::uint32_t (&p)[kWeights],
                                              std::uint64_t v) {
 #pragma unroll
-  for (int step = 0; step < kWeights / 4; ++step) {
-    Wgmma<T>::p_v(o, p + 4 * step, advance(v, step * 16 * kSlabRowBytes));
+  for (int step = kBegin; step < kEnd; ++step) {
+    std::uint64_t at = advance(v, step * 16 * kSlabRowBytes);
+    if (kOutputs % 32 != 0) at -= static_cast<std::uint64_t>(step * kSlabRowBytes) << 16;
+    Wgmma<T>::p_v(o, p + 4 * step, at);
   }
 }
 

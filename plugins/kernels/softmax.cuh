@@ -18,20 +18,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/// 2^x on the multiply-add units, for x <= 0: of use where exponentials, not products, set the pace.
-/// x = n + f with f in -1/2 .. 1/2; the cubic's relative error is 7.5e-5, under half a unit of fp16.
-/// Below -126, and for minus infinity, a number next to zero comes out.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves n in the low bits
-  x = fmaxf(x, -126.f);
-  const float rounded = __fadd_rn(x, kRound);
-  const float f = __fsub_rn(x, __fsub_rn(rounded, kRound));
-  float y = fmaf(f, 0.0551716574f, 0.2426111251f);
-  y = fmaf(y, f, 0.6932609677f);
-  y = fmaf(y, f, 0.9999280572f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-}
-
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,13 +35,17 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
+/// Log2 of how far weights may exceed one before earlier sums and outputs are rescaled, as in
+/// FlashAttention-4: they stay far inside fp16, and its relative precision does not change.
+constexpr float kSlack = 8.f;
+
 struct OnlineSoftmax {
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0.f, 0.f};  // of this thread's columns only, until finish()
+  float shift[2] = {-INFINITY, -INFINITY};  // of the scaled scores: about the rows' maxima
+  float row_sum[2] = {0.f, 0.f};            // of this thread's columns only, until finish()
 
   /// Turn scores into weights; return what earlier sums and outputs are to be multiplied by.
-  /// `kPolynomial` eighths of the exponentials are computed by multiply-adds.
-  template <int kPolynomial, int kScores>
+  /// kSum: add the weights up here; else that is somebody else's work.
+  template <bool kSum, int kScores>
   __device__ __forceinline__ float2 step(float (&s)[kScores], float scale_log2) {
     static_assert(kScores % 8 == 0, "whole pairs of 8-column groups");
     float rescale[2];
@@ -67,23 +57,23 @@ struct OnlineSoftmax {
       for (int j = 0; j < kScores / 4; ++j) {
         top[j % 2] = fmaxf(top[j % 2], fmaxf(s[4 * j + 2 * row], s[4 * j + 2 * row + 1]));
       }
-      const float before = row_max[row];
-      row_max[row] = fmaxf(before, quad_max(fmaxf(top[0], top[1])));
+      const float largest = __fmul_rn(quad_max(fmaxf(top[0], top[1])), scale_log2);
+      const float before = shift[row];
+      shift[row] = largest > before + kSlack ? largest : before;
       // A row that has seen no key yet keeps weights of zero instead of exp2(inf - inf).
-      const float shift = row_max[row] == -INFINITY ? 0.f : __fmul_rn(row_max[row], scale_log2);
-      // Rounded like `shift`, not fused: where the maximum stays, this is one and nothing drifts.
-      rescale[row] = exp2_fast(__fmul_rn(before, scale_log2) - shift);
-      float sum[2] = {row_sum[row] * rescale[row], 0.f};
+      const float safe = shift[row] == -INFINITY ? 0.f : shift[row];
+      rescale[row] = exp2_fast(before - safe);
+      if (kSum) row_sum[row] *= rescale[row];
+      float sum[2] = {row_sum[row], 0.f};
 #pragma unroll
       for (int j = 0; j < kScores / 4; ++j) {
 #pragma unroll
         for (int i = 4 * j + 2 * row; i < 4 * j + 2 * row + 2; ++i) {
-          const float x = fmaf(s[i], scale_log2, -shift);
-          s[i] = j * kPolynomial % 8 < kPolynomial ? exp2_polynomial(x) : exp2_fast(x);
-          sum[j % 2] += s[i];
+          s[i] = exp2_fast(fmaf(s[i], scale_log2, -safe));
+          if (kSum) sum[j % 2] += s[i];
         }
       }
-      row_sum[row] = sum[0] + sum[1];
+      if (kSum) row_sum[row] = sum[0] + sum[1];
     }
     return {rescale[0], rescale[1]};
   }
@@ -93,6 +83,11 @@ struct OnlineSoftmax {
     return {reciprocal_fast(quad_sum(row_sum[0])), reciprocal_fast(quad_sum(row_sum[1]))};
   }
 };
+
+/// Whether some row of this warp has to be rescaled: seldom after the first tiles.
+__device__ __forceinline__ bool any_rescales(float2 factor) {
+  return __any_sync(0xFFFFFFFFu, factor.x != 1.f || factor.y != 1.f);
+}
 
 /// Multiply each row of an accumulator by its own factor.
 template <int kCount>
@@ -130,11 +125,11 @@ __device__ __forceinline__ std::uint32_t pack<__nv_bfloat16>(float low, float hi
 }
 
 /// Round an accumulator to 16 bits: as it stands, the left operand of the next product.
-template <class T, int kCount>
-__device__ __forceinline__ void pack_rows(const float (&s)[kCount],
-                                          std::uint32_t (&p)[kCount / 2]) {
+template <class T, int kCount, int kPairs>
+__device__ __forceinline__ void pack_rows(const float (&s)[kCount], std::uint32_t (&p)[kPairs]) {
+  static_assert(2 * kPairs <= kCount, "no more pairs than numbers");
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < kPairs; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 }
 
 }  // namespace arrowhead
