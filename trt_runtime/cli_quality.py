@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def quality(arguments: argparse.Namespace) -> int:
             verdicts=verdicts,
             resume=arguments.resume,
             limit_seconds=arguments.limit_minutes and 60 * arguments.limit_minutes,
-            progress=progress,
+            progress=progress if sys.stderr.isatty() else _row_lines(),
         )
     draw_curves(report, arguments.output / CURVES)
     write_page(report, arguments.output / PAGE)
@@ -183,6 +184,21 @@ def quality(arguments: argparse.Namespace) -> int:
         print(f"skipped {name}: {why}")
     print(", ".join(str(arguments.output / name) for name in (RESULTS, PAGE, CURVES)))
     return 0
+
+
+def _row_lines() -> Callable[[str, int, int], None]:
+    """Give a progress report for logs: a line on stderr when a row begins."""
+    begin, shown = time.perf_counter(), -1
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if done > shown:
+            shown = done
+            name = what.partition(":")[0]
+            seconds = time.perf_counter() - begin
+            print(f"{seconds:6.1f} s  {done}/{total}  {name}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def _settings(pipe: Any, captions: list[str], arguments: argparse.Namespace) -> Settings:

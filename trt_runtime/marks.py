@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,17 @@ def paired_interval(
 
 def bootstrap(values: Numbers, weights: Numbers, *, seed: int = 0) -> tuple[list[float], ...]:
     """Give the 95 % interval of sum(values) / sum(weights) over captions; values [captions, n]."""
-    count = len(values)
-    picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    times = np.stack([np.bincount(row, minlength=count) for row in picks]).astype(np.float64)
+    times = _resamples(len(values), seed)
     shares = times @ values / np.maximum(times @ weights, 1e-9)[:, None]
     low, high = np.percentile(shares, [2.5, 97.5], axis=0)
     return low.tolist(), high.tolist()
+
+
+@lru_cache(maxsize=4)
+def _resamples(count: int, seed: int) -> Numbers:
+    """Give how often each of `count` captions is in each resample, [RESAMPLES, count]."""
+    picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    return np.stack([np.bincount(row, minlength=count) for row in picks]).astype(np.float64)
 
 
 def picture_likeness(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +146,7 @@ class Judge:
         for part in self._parts():
             pictures = (x.pictures[part].to(self._device) for x in (drawn, self._dense))
             likeness.append(picture_likeness(*pictures))
-            mine, dense = (
-                x.latents[part, steps].to(self._device).flatten(2) for x in (drawn, self._dense)
-            )
+            mine, dense = (x.latents[part, steps].to(self._device) for x in (drawn, self._dense))
             away.append(((mine - dense).norm(dim=2) / dense.norm(dim=2)).cpu().double())
         psnr, ssim = (torch.cat(part).cpu().double() for part in zip(*likeness, strict=True))
         return psnr, ssim, torch.cat(away)

@@ -59,11 +59,9 @@ def compare_curves(
                 for rival in curves:
                     if ours in curves and rival not in (OURS, STACKED):
                         weights = _weights(by_caption, mark, curves[ours])
-                        pair = _compared(curves[ours], curves[rival], weights, seed)
-                        if pair:
-                            found.append(
-                                {"ours": ours, "rival": rival, "axis": axis, "mark": mark} | pair
-                            )
+                        pair = {"ours": ours, "rival": rival, "axis": axis, "mark": mark}
+                        pair |= _compared(curves[ours], curves[rival], weights, seed)
+                        found.append(pair)
     return found
 
 
@@ -94,11 +92,11 @@ def _weights(by_caption: Mapping[str, PerCaption], mark: str, curve: Curve) -> N
     return np.ones(curve.marks.shape[1])
 
 
-def _compared(ours: Curve, theirs: Curve, weights: Numbers, seed: int) -> dict[str, Any] | None:
+def _compared(ours: Curve, theirs: Curve, weights: Numbers, seed: int) -> dict[str, Any]:
     low_end = max(0.0, ours.saved[0], theirs.saved[0])
     high_end = min(ours.saved[-1], theirs.saved[-1])
     if high_end <= low_end:
-        return None
+        return {"saved": []}  # no cost that both have
     grid = np.linspace(low_end, high_end, POINTS + 1)[1:]
     values = np.stack([ours.at(x) - theirs.at(x) for x in grid], axis=1)
     low, high = bootstrap(values, weights, seed=seed)
@@ -117,11 +115,17 @@ def _compared(ours: Curve, theirs: Curve, weights: Numbers, seed: int) -> dict[s
 
 
 def verdict(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give for each rival, axis and mark the better of our curves: is it never below?"""
-    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    """Give for each rival, axis and mark the better of our curves.
+
+    That is one that is never below, then the one whose worst difference is better. Curves that
+    share no cost with the rival come last.
+    """
+    best: dict[tuple[str, str, str], tuple[tuple[bool, float], dict[str, Any]]] = {}
     for pair in comparisons:
         key = (pair["rival"], pair["axis"], pair["mark"])
-        rank = (pair["never_below"], min(pair["difference"]))
-        if key not in best or rank > best[key]["rank"]:
-            best[key] = dict(pair) | {"rank": rank}
-    return [{k: v for k, v in pair.items() if k != "rank"} for pair in best.values()]
+        rank = (False, -np.inf)
+        if pair["saved"]:
+            rank = (pair["never_below"], min(pair["difference"]))
+        if key not in best or rank > best[key][0]:
+            best[key] = rank, dict(pair)
+    return [pair for _, pair in best.values()]

@@ -73,20 +73,32 @@ def _verdicts(report: dict[str, Any]) -> Iterator[str]:
         "interpolated between rows over the range that both cover. Never below: at no cost is the "
         "paired 95 % interval wholly under zero. Above: over the middle half of the range.</p>"
     )
-    header = ("other", "ours", "mark", "equal", "difference, least to most", "never below", "above")
+    header = (
+        "other", "ours", "mark", "equal", "range", "difference, least to most", "never below",
+        "above",
+    )  # fmt: skip
     rows = [
         (
             VARIANTS[pair["rival"]].label,
             pair["ours"],
             MARKS[pair["mark"]],
             AXES[pair["axis"]],
-            f"{min(pair['difference']):+.2f} to {max(pair['difference']):+.2f}",
-            _yes(pair["never_below"]),
-            _yes(pair["above_in_the_middle"]),
+            *_outcome(pair),
         )
         for pair in pairs
     ]
     yield _table(header, rows)
+
+
+def _outcome(pair: dict[str, Any]) -> tuple[str, str, str, str]:
+    if not pair["saved"]:
+        return "none", "no cost that both have", "", ""
+    return (
+        f"{100 * pair['saved'][0]:.0f} to {100 * pair['saved'][-1]:.0f} %",
+        f"{min(pair['difference']):+.2f} to {max(pair['difference']):+.2f}",
+        _yes(pair["never_below"]),
+        _yes(pair["above_in_the_middle"]),
+    )
 
 
 def _yes(holds: bool) -> str:

@@ -301,7 +301,8 @@ def test_command(
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     page = (tmp_path / "out" / "quality.html").read_text()
     assert page.count("<svg") == 5 and "src=" not in page and 'href="http' not in page
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert f"1/{len(variants) + 1}  both, delta 0.5\n" in progress
     for name, why in missing_peers().items():
         assert f"skipped {name}: {why}" in printed and name in page
     assert all(row["name"] in page for row in report["rows"])
