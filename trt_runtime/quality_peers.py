@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -58,14 +58,17 @@ def first_block_cache(pipe: Any, threshold: float) -> Iterator[None]:
 
 @contextmanager
 def dbcache(pipe: Any, threshold: float) -> Iterator[None]:
-    """Run cache-dit's DBCache inside the `with`: one block before, none after, one warm-up step."""
+    """Run cache-dit's DBCache inside the `with`: one block before, one after, one warm-up step.
+
+    With none after it is FirstBlockCache over again, to the last bit.
+    """
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
     import cache_dit
 
-    logging.getLogger("cache_dit").setLevel(logging.ERROR)
     cache_dit.enable_cache(
         pipe,
         cache_config=cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1,
+            Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=1,
             residual_diff_threshold=threshold,
         ),
     )  # fmt: skip

@@ -67,9 +67,9 @@ VARIANTS = {
     ),
     "dbcache": Variant(
         THRESHOLD, "cache-dit DBCache", "#a05fc4", ">",
-        "cache_dit.DBCache with one block before and none after (F1B0), a warm-up of one step "
-        "and the threshold on the first block's residual. It decides once a call, for the whole "
-        "batch.",
+        "cache_dit.DBCache with one block before and one after (F1B1), a warm-up of one step and "
+        "the threshold on the first block's residual: the last block is computed at every step. "
+        "It decides once a call, for the whole batch.",
     ),
 }  # fmt: skip
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.8)

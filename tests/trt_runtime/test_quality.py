@@ -238,6 +238,24 @@ def test_an_interrupted_run_is_taken_up(pipe: Any, tmp_path: Path) -> None:
     assert (tmp_path / "a" / RESULTS).read_bytes() == untouched
 
 
+def test_plans_are_searched_once(pipe: Any, tmp_path: Path) -> None:
+    settings = base_settings(deltas=(0.5,), variants=("both",))
+    both = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)["rows"][0]
+    seen: list[str] = []
+    more = replace(settings, variants=("both", "random", "stacked"), thresholds=(0.1,))
+    report = measure_quality(
+        pipe, more, tmp_path, verdicts=verdicts, resume=True,
+        progress=lambda what, *_: seen.append(what),
+    )  # fmt: skip
+    assert not [what for what in seen if "search" in what]
+    first, random, stacked = report["rows"]
+    assert first == both and stacked["plan_sha256"] == both["plan_sha256"]
+    assert random["plan_sha256"] != both["plan_sha256"]
+    # Where a module discards its text rows a head keeps fewer pairs: the costs differ a little.
+    shares = [row["attention_flops_saved"] for row in (random, both)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.05)
+
+
 def test_results_are_neither_overwritten_nor_mixed(pipe: Any, tmp_path: Path) -> None:
     settings = base_settings(variants=("steps",), fewer_steps=(1,))
     measure_quality(pipe, settings, tmp_path)

@@ -52,12 +52,10 @@ def called(drawn: Drawn) -> list[list[int]]:
     return [[len(names) for names in call] for call in drawn.ran]
 
 
-PEERS = [
-    first_block_cache,
-    pytest.param(
-        dbcache, marks=pytest.mark.skipif(bool(missing_peers()), reason=str(missing_peers()))
-    ),
-]
+needs_dbcache = pytest.mark.skipif(bool(missing_peers()), reason=str(missing_peers()))
+PEERS = [first_block_cache, pytest.param(dbcache, marks=needs_dbcache)]
+# Blocks that each computes at a step it skips: the first, or the first and the last.
+SKIPPED = [(first_block_cache, 0), pytest.param(dbcache, 1, marks=needs_dbcache)]
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -72,15 +70,15 @@ def test_a_peer_that_never_skips_changes_nothing(peer: Any, pipe: Any, kind: str
     )
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_a_peer_that_always_skips_computes_the_first_block(peer: Any, pipe: Any, kind: str) -> None:
-    """Each call starts anew; where a step is skipped, the first block alone is run."""
+@pytest.mark.parametrize(("peer", "after"), SKIPPED)
+def test_a_peer_that_always_skips(peer: Any, after: int, pipe: Any, kind: str) -> None:
+    """Each call starts anew; where a step is skipped, the outer blocks alone are run."""
     dense = draw(pipe, nullcontext())
     cached = draw(pipe, peer(pipe, 1e9))
-    first_block = MODULES[kind] - 2
-    assert called(cached) == [[MODULES[kind], *[first_block] * (STEPS - 1)]] * 3
+    run = MODULES[kind] - 2 + after
+    assert called(cached) == [[MODULES[kind], *[run] * (STEPS - 1)]] * 3
     saved = work_saved(bare(pipe), cached.ran)
-    share = (1 - first_block / MODULES[kind]) * (STEPS - 1) / STEPS
+    share = (1 - run / MODULES[kind]) * (STEPS - 1) / STEPS
     assert saved["transformer_flops_saved"] == pytest.approx(share)
     assert 0.8 * share < saved["attention_flops_saved"] < 1.25 * share
     assert (cached.latents[:, -1] - dense.latents[:, -1]).norm() > 0.01
