@@ -156,7 +156,8 @@ class Judge:
             yield slice(first, first + self._batch)
 
     def _mean_over_seeds(self, values: Tensor) -> list[float]:
-        return values.unflatten(0, (self._seeds, -1)).mean(0).tolist()
+        mean = values.unflatten(0, (self._seeds, -1)).mean(0)
+        return [round(x, 4) for x in mean.tolist()]  # as they are kept in the file
 
     def _by_caption(self, drawn: Drawn, facts: Facts) -> tuple[dict[str, Any], PerCaption]:
         if self._verdicts is not None:

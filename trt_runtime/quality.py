@@ -61,26 +61,19 @@ def measure_quality(
     }
     made = {tuple(row["key"]) for row in report["rows"]}
     todo = [p for p in points(settings) if p.key not in made and p.variant not in report["skipped"]]
-    if not todo:
-        return report
     by_caption = load_captions(folder) if resumed else {}
-    bench = _Bench(pipe, settings, folder, bare, progress or (lambda *_: None), len(todo), resumed)
-    dense = bench.draw(UNCOMPRESSED, settings.steps, Run(None, nullcontext))
-    judge = Judge(
-        settings.captions, dense, accuracy=accuracy, verdicts=verdicts, device=pipe.device,
-        batch=settings.batch, seed=settings.seed,
-    )  # fmt: skip
-    report[UNCOMPRESSED] = judge.dense_marks | _times(dense)
-    by_caption[UNCOMPRESSED] = judge.dense_by_caption
-    save_captions(by_caption, folder)
-    save_report(report, folder)
-    for point in todo:
-        if limit_seconds is not None and time.perf_counter() - begin > limit_seconds:
-            break
-        row, by_caption[point.name] = bench.row(point, judge)
-        report["rows"].append(row | {"git_commit": report["git_commit"]})
-        save_captions(by_caption, folder)
-        save_report(report, folder)
+    if todo or not resumed:
+        bench = _Bench(
+            pipe, settings, folder, bare, progress or (lambda *_: None), len(todo), resumed
+        )
+        judge = bench.judge(report, by_caption, accuracy, verdicts)
+        for point in todo:
+            if limit_seconds is not None and time.perf_counter() - begin > limit_seconds:
+                break
+            row, by_caption[point.name] = bench.row(point, judge)
+            report["rows"].append(row | {"git_commit": report["git_commit"]})
+            save_captions(by_caption, folder)
+            save_report(report, folder)
     report["comparisons"] = compare_curves(report, by_caption, seed=settings.seed)
     save_report(report, folder)
     return report
@@ -93,12 +86,29 @@ class _Bench:
         self, pipe: Any, settings: Settings, folder: Path, bare: Plan, progress: Progress,
         rows: int, resumed: bool,
     ) -> None:  # fmt: skip
-        self._settings, self._bare = settings, bare
+        self._pipe, self._settings, self._folder, self._bare = pipe, settings, folder, bare
         self._progress, self._done, self._total = progress, 0, rows + 1
         self._name = ""
         self._artist = Artist(pipe, settings, [module.name for module in bare.modules])
         self._planner = Planner(pipe, settings, folder, self._report, resumed=resumed)
         self._marked: dict[str, tuple[dict[str, Any], PerCaption]] = {}
+
+    def judge(
+        self, report: dict[str, Any], by_caption: dict[str, PerCaption],
+        accuracy: Accuracy | None, verdicts: Verdicts | None,
+    ) -> Judge:  # fmt: skip
+        """Draw the uncompressed pictures and enter their marks; give the judge of the others."""
+        settings = self._settings
+        dense = self.draw(UNCOMPRESSED, settings.steps, Run(None, nullcontext))
+        judge = Judge(
+            settings.captions, dense, accuracy=accuracy, verdicts=verdicts,
+            device=self._pipe.device, batch=settings.batch, seed=settings.seed,
+        )  # fmt: skip
+        report[UNCOMPRESSED] = judge.dense_marks | _times(dense)
+        by_caption[UNCOMPRESSED] = judge.dense_by_caption
+        save_captions(by_caption, self._folder)
+        save_report(report, self._folder)
+        return judge
 
     def row(self, point: Point, judge: Judge) -> tuple[dict[str, Any], PerCaption]:
         """Make a row and its marks per caption."""

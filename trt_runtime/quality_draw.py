@@ -125,7 +125,7 @@ class Artist:
                     count = texts["prompt_embeds"].shape[0]
                     meter.begin_call(count)
                     made, steps_latents = self._call(texts, steps, settings.seed + start, count)
-                    pictures.append(made.mul(255).round().to(torch.uint8).cpu())
+                    pictures.append(made.float().mul(255).round().to(torch.uint8).cpu())
                     latents.append(steps_latents.cpu())
                     self._check(latents[-1])
                     if progress is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,14 +11,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-DBCACHE_MODULE = "cache_dit"
-
 
 def missing_peers() -> dict[str, str]:
-    """Name the peers that cannot run here, and what to install."""
-    if importlib.util.find_spec(DBCACHE_MODULE) is None:
+    """Name the peers that cannot run here, with the reason."""
+    try:
+        _cache_dit()
+    except ModuleNotFoundError as error:
+        if error.name != "cache_dit":
+            return {"dbcache": f"cache-dit does not load: {error}"}
         return {"dbcache": "cache-dit is not installed: pip install 'arrowhead[peers]'"}
+    except (ImportError, OSError, RuntimeError) as error:
+        return {"dbcache": f"cache-dit does not load: {error}"}
     return {}
+
+
+def _cache_dit() -> Any:
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
+    return importlib.import_module("cache_dit")
 
 
 @contextmanager
@@ -62,9 +71,7 @@ def dbcache(pipe: Any, threshold: float) -> Iterator[None]:
 
     With none after it is FirstBlockCache over again, to the last bit.
     """
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
-    import cache_dit
-
+    cache_dit = _cache_dit()
     cache_dit.enable_cache(
         pipe,
         cache_config=cache_dit.DBCacheConfig(

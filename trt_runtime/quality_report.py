@@ -73,11 +73,7 @@ def load_captions(folder: Path) -> dict[str, Any]:
 
 def save_captions(by_caption: dict[str, Any], folder: Path) -> None:
     """Write the marks per caption, a row a line."""
-    lines = [
-        f"{json.dumps(name)}: "
-        + json.dumps({mark: [round(x, 4) for x in values] for mark, values in marks.items()})
-        for name, marks in by_caption.items()
-    ]
+    lines = [f"{json.dumps(name)}: {json.dumps(marks)}" for name, marks in by_caption.items()]
     atomic_write(folder / CAPTIONS, "{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -61,7 +61,7 @@ VARIANTS = {
         "decides once a call, for the whole batch.",
     ),
     STACKED: Variant(
-        THRESHOLD, "arrow and cache on FirstBlockCache", "#111111", "*",
+        THRESHOLD, "plan on FirstBlockCache", "#111111", "*",
         "The plan of `both` at one delta, with FirstBlockCache around it; a cached head takes "
         "the latest output there is.",
     ),

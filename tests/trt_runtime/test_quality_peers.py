@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,15 @@ needs_dbcache = pytest.mark.skipif(bool(missing_peers()), reason=str(missing_pee
 PEERS = [first_block_cache, pytest.param(dbcache, marks=needs_dbcache)]
 # Blocks that each computes at a step it skips: the first, or the first and the last.
 SKIPPED = [(first_block_cache, 0), pytest.param(dbcache, 1, marks=needs_dbcache)]
+
+
+def test_a_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "cache_dit", None)  # as if it were not installed
+    assert "not installed: pip install 'arrowhead[peers]'" in missing_peers()["dbcache"]
+    monkeypatch.delitem(sys.modules, "cache_dit")
+    (tmp_path / "cache_dit.py").write_text("raise OSError('libcuda.so.1')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert missing_peers() == {"dbcache": "cache-dit does not load: libcuda.so.1"}
 
 
 @pytest.mark.parametrize("peer", PEERS)
