@@ -149,9 +149,8 @@ def quality(arguments: argparse.Namespace) -> int:
 
     from trt_runtime.cli_models import load_for_planning
     from trt_runtime.quality import measure_quality
-    from trt_runtime.quality_page import PAGE, write_page
-    from trt_runtime.quality_plots import CURVES, draw_curves
-    from trt_runtime.quality_report import HEADER, RESULTS, table
+    from trt_runtime.quality_page import write_all
+    from trt_runtime.quality_report import HEADER, table
     from trt_runtime.verify import load_accuracy
 
     captions = _captions(arguments)
@@ -172,8 +171,7 @@ def quality(arguments: argparse.Namespace) -> int:
             limit_seconds=arguments.limit_minutes and 60 * arguments.limit_minutes,
             progress=progress if sys.stderr.isatty() else _row_lines(),
         )
-    draw_curves(report, arguments.output / CURVES)
-    write_page(report, arguments.output / PAGE)
+    files = write_all(report, arguments.output)
     what = (
         f"{len(captions)} captions x {settings.seeds} seeds, {settings.height} x {settings.width}, "
         f"{settings.steps} steps, "
@@ -182,7 +180,7 @@ def quality(arguments: argparse.Namespace) -> int:
     show_table(what, HEADER, table(report))
     for name, why in report["skipped"].items():
         print(f"skipped {name}: {why}")
-    print(", ".join(str(arguments.output / name) for name in (RESULTS, PAGE, CURVES)))
+    print(*files, sep=", ")
     return 0
 
 

@@ -143,7 +143,7 @@ class Artist:
             for first in range(0, len(captions), batch)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
         options = _length(self._settings)
         if type(self._pipe.transformer).__name__.startswith("Flux"):

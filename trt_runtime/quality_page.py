@@ -1,16 +1,21 @@
-"""The page of `bench quality`: one HTML file with plots, verdicts and the table."""
+"""The page of `bench quality`: one HTML file with plots, verdicts and the table.
+
+python -m trt_runtime.quality_page FOLDER draws page and curves of a run anew, wherever it was made.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from plans.errors import atomic_write
+from plans.errors import ArrowheadError, atomic_write
 from trt_runtime.quality_curves import AXES, MARKS, verdict
-from trt_runtime.quality_plots import FOOTNOTE, plots
-from trt_runtime.quality_report import HEADER, table
+from trt_runtime.quality_plots import CURVES, FOOTNOTE, draw_curves, plots
+from trt_runtime.quality_report import HEADER, RESULTS, read_report, table
 from trt_runtime.quality_settings import VARIANTS
 
 PAGE = "quality.html"
@@ -32,6 +37,13 @@ _NOTES = (
     "calls: plans run on the attention named below, not on an engine.",
     FOOTNOTE,
 )
+
+
+def write_all(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the curves and the page beside the results; give all three files."""
+    draw_curves(report, folder / CURVES)
+    write_page(report, folder / PAGE)
+    return [folder / name for name in (RESULTS, PAGE, CURVES)]
 
 
 def write_page(report: dict[str, Any], path: Path) -> None:
@@ -127,3 +139,20 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "")
     head = "".join(f"<th>{escape(text)}</th>" for text in header)
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return f"<table class='{kind}'><tr>{head}</tr>\n{body}</table>"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw what is in a folder."""
+    parser = argparse.ArgumentParser(description="Draw page and curves of bench quality anew.")
+    parser.add_argument("folder", type=Path, help="what was --output")
+    folder = parser.parse_args(arguments).folder
+    try:
+        print(*write_all(read_report(folder / RESULTS), folder), sep=", ")
+    except ArrowheadError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

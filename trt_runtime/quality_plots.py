@@ -95,8 +95,8 @@ def _figure(title: str = "") -> Any:
 
 
 def _finish(figure: Any, *, legend: bool = True) -> None:
-    if legend:
-        handles, labels = figure.axes[-1].get_legend_handles_labels()
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    if legend and labels:
         figure.legend(handles, labels, loc="upper center", ncols=min(len(labels), 7),
                       frameon=False, bbox_to_anchor=(0.5, 0.96), fontsize=8)  # fmt: skip
     # Fixed margins: tight_layout lays all text out once more, which doubles the time.

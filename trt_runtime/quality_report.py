@@ -29,7 +29,7 @@ def open_report(folder: Path, settings: dict[str, Any], resume: bool) -> dict[st
             expected="a new folder",
             fix="pass --resume to add the missing rows, or name another --output",
         )
-    found = _read(path)
+    found = read_report(path)
     differ = sorted(
         key
         for key in {*found["settings"], *settings}
@@ -45,15 +45,16 @@ def open_report(folder: Path, settings: dict[str, Any], resume: bool) -> dict[st
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """Read results.json; raise ArrowheadError where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ArrowheadError(
             f"results {path}",
-            got="another kind of file",
+            got="no such file, or one of another kind",
             expected=f"JSON of format {FORMAT}",
             fix="name another --output",
         )

@@ -20,12 +20,14 @@ from plans.search import measure
 from plans.tiles import FULL
 from tests import tiny
 from tests.trt_runtime.conftest import Made
+from trt_runtime import quality_page
 from trt_runtime.cli import parser
 from trt_runtime.cli_quality import load_callable
 from trt_runtime.marks import RESAMPLES, Judge, paired_interval, picture_likeness
 from trt_runtime.pipeline import load_source_pipeline
 from trt_runtime.quality import measure_quality
 from trt_runtime.quality_draw import Artist, Drawn
+from trt_runtime.quality_page import write_page
 from trt_runtime.quality_peers import missing_peers
 from trt_runtime.quality_report import CAPTIONS, RESULTS, table
 from trt_runtime.quality_settings import VARIANTS, Settings, points
@@ -209,6 +211,8 @@ def test_a_limit_leaves_rows_for_later(pipe: Any, tmp_path: Path) -> None:
     settings = base_settings(variants=("steps",))
     report = measure_quality(pipe, settings, tmp_path, verdicts=verdicts, limit_seconds=0)
     assert report["rows"] == [] and report["uncompressed"]["facts"] == 20
+    write_page(report, tmp_path / "page.html")  # says as much
+    assert "uncompressed" in (tmp_path / "page.html").read_text()
     report = measure_quality(pipe, settings, tmp_path, verdicts=verdicts, resume=True)
     assert [row["steps"] for row in report["rows"]] == [3, 1]
 
@@ -321,6 +325,10 @@ def test_command(
     assert page.count("<svg") == 5 and "src=" not in page and 'href="http' not in page
     printed, progress = capsys.readouterr()
     assert f"1/{len(variants) + 1}  both, delta 0.5\n" in progress
+    (tmp_path / "out" / "curves.png").unlink()
+    assert quality_page.main([str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "curves.png").exists()
+    assert quality_page.main([str(tmp_path)]) == 2
     for name, why in missing_peers().items():
         assert f"skipped {name}: {why}" in printed and name in page
     assert all(row["name"] in page for row in report["rows"])
