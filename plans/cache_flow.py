@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,16 @@ def cache_flow(plan: Plan) -> CacheFlow:
     recomputed; heads that nobody reads are in no group.
     """
     return CacheFlow(tuple(g for module in plan.modules for g in _module_groups(plan, module.name)))
+
+
+def every_write(plan: Plan) -> CacheFlow:
+    """Return the cache groups of a plan, each written whenever its heads are computed.
+
+    So a cached head takes the latest output there is, also where steps are left out.
+    """
+    buckets = frozenset(range(len(plan.buckets)))
+    groups = cache_flow(plan).groups
+    return CacheFlow(tuple(replace(group, writers=buckets - group.readers) for group in groups))
 
 
 def _module_groups(plan: Plan, module: str) -> Iterator[CacheGroup]:

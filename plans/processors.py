@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plans import ops
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule
-from plans.plan import CacheGroup, Plan, cache_flow
+from plans.plan import CacheFlow, CacheGroup, Plan, cache_flow
 from plans.stock import check_stock
 from plans.tiles import CACHED
 
@@ -132,16 +132,22 @@ class HeadwiseProcessor:
 
 
 class BucketHeads:
-    """Run one bucket of a plan.
+    """Run one bucket of a plan; flow: who writes which cache, if not cache_flow(plan).
 
     cache_in: "<module>.<group>" -> [B, S, Hg, D], set by the caller before a forward.
     cache_out: the same names, filled by the forward with what this bucket writes.
     """
 
-    def __init__(self, plan: Plan, bucket: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        bucket: int,
+        device: torch.device | str = "cpu",
+        flow: CacheFlow | None = None,
+    ) -> None:
         self.cache_in: dict[str, Tensor] = {}
         self.cache_out: dict[str, Tensor] = {}
-        flow = cache_flow(plan)
+        flow = flow or cache_flow(plan)
         reads, writes = _by_module(flow.reads(bucket)), _by_module(flow.writes(bucket))
         modes = plan.buckets[bucket].modes
         self._work = {

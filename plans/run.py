@@ -12,7 +12,7 @@ from plans import sdpa as _register_sdpa  # noqa: F401  (for runs on CUDA)
 from plans.denoising import check_pipeline
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule, model_spec
-from plans.plan import Plan, Sampler, check_plan
+from plans.plan import CacheFlow, Plan, Sampler, check_plan
 from plans.processors import BucketHeads, install
 
 
@@ -22,10 +22,10 @@ class PlanHeads:
     caches: "<module>.<group>" -> [B, S, Hg, D], on the device of the activations.
     """
 
-    def __init__(self, plan: Plan, device: Any = "cpu") -> None:
+    def __init__(self, plan: Plan, device: Any = "cpu", flow: CacheFlow | None = None) -> None:
         self.caches: dict[str, Tensor] = {}
         self._schedule = plan.schedule
-        self._buckets = [BucketHeads(plan, b, device) for b in range(len(plan.buckets))]
+        self._buckets = [BucketHeads(plan, b, device, flow) for b in range(len(plan.buckets))]
         for heads in self._buckets:
             # One dictionary is enough: no bucket reads a group that it writes.
             heads.cache_in = heads.cache_out = self.caches
@@ -47,11 +47,13 @@ class PlanHeads:
 
 
 @contextmanager
-def run_plan(pipe: Any, plan: Plan) -> Iterator[PlanHeads]:
+def run_plan(pipe: Any, plan: Plan, flow: CacheFlow | None = None) -> Iterator[PlanHeads]:
     """Make every call of the pipeline inside the `with` follow the plan.
 
     The caches live on the device and are dropped at the first step of each call. Raises
     ArrowheadError where the plan does not fit the model and, at a call's first step, its sampler.
+    flow: who writes which cache, cache_flow(plan) by default; `every_write` where something else
+    may leave blocks out.
     """
     check_pipeline(pipe)
     transformer = pipe.transformer
@@ -61,7 +63,7 @@ def run_plan(pipe: Any, plan: Plan) -> Iterator[PlanHeads]:
         text_tokens=plan.text_tokens, block=plan.block,
     )  # fmt: skip
     check_plan(plan, spec)
-    heads = PlanHeads(plan, transformer.device)
+    heads = PlanHeads(plan, transformer.device, flow)
     following = 0
 
     def before(*_: Any) -> None:

@@ -160,9 +160,11 @@ class ChooseHeads(_Heads):
             errors = relative_squared_errors(counted(module, output), counted(module, full))
             for head, error in enumerate(errors.tolist()):
                 scores[head][mode] = error
+        return self._flow_on(module, self._choose(module, scores), full, arrows, windows)
+
+    def _choose(self, module: AttentionModule, scores: list[dict[int, float]]) -> Sequence[int]:
         cap = self._cap_factor * self._delta / module.heads
-        modes = choose_modes(scores, self.savings[module.name], self._delta, cap)
-        return self._flow_on(module, modes, full, arrows, windows)
+        return choose_modes(scores, self.savings[module.name], self._delta, cap)
 
 
 class MeasureHeads(_Heads):

@@ -6,13 +6,14 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from plans.errors import ArrowheadError
 from trt_runtime.cli_common import Verbs, add_verb, progress_bar, prompts_of, show_table
-from trt_runtime.quality_settings import DELTAS, VARIANTS, Settings
+from trt_runtime.quality_settings import DELTAS, THRESHOLDS, VARIANTS, Settings
 
 
 def add_quality(actions: Verbs) -> None:
@@ -21,9 +22,9 @@ def add_quality(actions: Verbs) -> None:
         actions,
         "quality",
         quality,
-        "draw captions with plans of several bounds, with fewer steps, and uncompressed",
+        "draw captions with plans of several kinds, fewer steps, step caches, and uncompressed",
         "  arrowhead bench quality --model tests/testbed/tiny-sd3 --block 16 \\\n"
-        "      --prompts tests.testbed.evaluate:held_out_captions --num-prompts 500 \\\n"
+        "      --prompts tests.testbed.evaluate:held_out_captions --num-prompts 500 --seeds 2 \\\n"
         "      --accuracy tests.testbed.reader:score --num-inference-steps 16 \\\n"
         "      --guidance-scale 3 --max-sequence-length 49 --device cuda --batch 125 \\\n"
         "      --output build/quality/tiny-sd3\n"
@@ -60,7 +61,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accuracy",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help='(captions, PIL pictures) -> dict of numbers, one of them "accuracy"',
+        help='(captions, PIL pictures) -> dict of numbers, one of them "accuracy"; asked where '
+        "there are no verdicts",
     )
     parser.add_argument(
         "--verdicts",
@@ -69,9 +71,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "booleans, one a fact; for the paired interval (default: `verdicts` beside --accuracy)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="results, plans and curves"
+        "--output", type=Path, required=True, metavar="FOLDER", help="results, plans and page"
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument(
+        "--limit-minutes", type=float, metavar="X", help="begin no row after that time"
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +88,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sequence-length", type=int, metavar="T")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures of one call")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; then +1 each")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="pictures of each caption (default 1)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--dtype", default="fp32", help="fp32 (default; on a GPU with TF32 products), fp16, bf16"
@@ -109,8 +117,9 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         "--variants",
         nargs="+",
         default=list(VARIANTS),
-        choices=VARIANTS,
-        help="both kinds of head, arrow only, cache only, fewer steps (default: all)",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help="kinds of row, of: " + "; ".join(f"{n}: {v.label}" for n, v in VARIANTS.items()),
     )
     parser.add_argument(
         "--fewer-steps",
@@ -121,18 +130,27 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="step counts of `steps` (default: 7/8, 3/4, 5/8, 1/2, 3/8 of the full count)",
     )
     parser.add_argument(
+        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), metavar="X",
+        help="of the step caches (default 0.05 0.1 0.2 0.4 0.8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stacked-delta", type=float, metavar="X",
+        help="bound of the plan of `stacked` (default: the middle one of --deltas)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-buckets", "--buckets", type=int, default=6, metavar="K",
         help="graphs of a plan at most (default 6)",
     )  # fmt: skip
 
 
 def quality(arguments: argparse.Namespace) -> int:
-    """Make the missing rows, draw the curves and print the table."""
+    """Make the missing rows, write the page and print the table."""
     import torch
 
     from trt_runtime.cli_models import load_for_planning
     from trt_runtime.quality import measure_quality
-    from trt_runtime.quality_report import CURVES, HEADER, RESULTS, draw_curves, table
+    from trt_runtime.quality_page import write_all
+    from trt_runtime.quality_report import HEADER, table
     from trt_runtime.verify import load_accuracy
 
     captions = _captions(arguments)
@@ -150,16 +168,35 @@ def quality(arguments: argparse.Namespace) -> int:
             accuracy=accuracy,
             verdicts=verdicts,
             resume=arguments.resume,
-            progress=progress,
+            limit_seconds=arguments.limit_minutes and 60 * arguments.limit_minutes,
+            progress=progress if sys.stderr.isatty() else _row_lines(),
         )
-    draw_curves(report, arguments.output / CURVES)
+    files = write_all(report, arguments.output)
     what = (
-        f"{len(captions)} captions, {settings.height} x {settings.width}, {settings.steps} steps, "
+        f"{len(captions)} captions x {settings.seeds} seeds, {settings.height} x {settings.width}, "
+        f"{settings.steps} steps, "
         f"{report['settings']['device']}, {report['settings']['dtype']}"
     )
     show_table(what, HEADER, table(report))
-    print(f"{arguments.output / RESULTS}, {arguments.output / CURVES}")
+    for name, why in report["skipped"].items():
+        print(f"skipped {name}: {why}")
+    print(*files, sep=", ")
     return 0
+
+
+def _row_lines() -> Callable[[str, int, int], None]:
+    """Give a progress report for logs: a line on stderr when a row begins."""
+    begin, shown = time.perf_counter(), -1
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if done > shown:
+            shown = done
+            name = what.partition(":")[0]
+            seconds = time.perf_counter() - begin
+            print(f"{seconds:6.1f} s  {done}/{total}  {name}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def _settings(pipe: Any, captions: list[str], arguments: argparse.Namespace) -> Settings:
@@ -179,8 +216,11 @@ def _settings(pipe: Any, captions: list[str], arguments: argparse.Namespace) -> 
         deltas=tuple(arguments.deltas),
         variants=tuple(arguments.variants),
         fewer_steps=tuple(arguments.fewer_steps),
+        thresholds=tuple(arguments.thresholds),
+        stacked_delta=arguments.stacked_delta,
         batch=arguments.batch,
         seed=arguments.seed,
+        seeds=arguments.seeds,
         source=arguments.model,
         revision=arguments.revision,
     )

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from plans.errors import ArrowheadError
-from trt_runtime.verify import Accuracy, picture_quality
+from trt_runtime.quality_draw import Drawn
+from trt_runtime.verify import IDENTICAL_DB, Accuracy
 
 RESAMPLES = 2000
 
 # (captions, pictures [n, 3, height, width] in -1..1) -> per caption one boolean per fact it states
 Verdicts = Callable[[list[str], Tensor], Sequence[Sequence[bool]]]
 Facts = list[list[bool]]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures of one setting, one per caption, in the captions' order, on the CPU.
-
-    pictures: 8 bit [n, 3, height, width]; latents: the last step's, fp32 [n, ...]; seconds: of all
-    pipeline calls together.
-    """
-
-    pictures: Tensor
-    latents: Tensor
-    seconds: float
-
-    def images(self) -> list[Image.Image]:
-        return [Image.fromarray(p) for p in self.pictures.permute(0, 2, 3, 1).numpy()]
+Numbers = NDArray[np.float64]
+PerCaption = dict[str, list[float]]  # mark -> per caption, over its seeds
 
 
 @dataclass(frozen=True)
@@ -50,26 +38,65 @@ class Interval:
 
 
 def paired_interval(
-    right: Sequence[int], before: Sequence[int], facts: Sequence[int], *, seed: int = 0
+    right: Sequence[float], before: Sequence[float], facts: Sequence[float], *, seed: int = 0
 ) -> Interval:
     """Bootstrap the change of the share of right facts over captions.
 
     right, before: facts right per caption after and before; facts: how many it states. A caption is
-    drawn with all its facts, which share a picture and are not independent.
+    drawn with all its facts and all its pictures, which are not independent.
     """
-    change = np.asarray(right, dtype=np.int64) - np.asarray(before, dtype=np.int64)
-    stated = np.asarray(facts, dtype=np.int64)
-    picks = np.random.default_rng(seed).integers(0, len(change), (RESAMPLES, len(change)))
-    shares = change[picks].sum(axis=1) / np.maximum(stated[picks].sum(axis=1), 1)
-    low, high = np.percentile(100 * shares, [2.5, 97.5])
-    return Interval(float(100 * change.sum() / stated.sum()), float(low), float(high))
+    change = np.asarray(right, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    stated = np.asarray(facts, dtype=np.float64)
+    low, high = bootstrap(change[:, None], stated, seed=seed)
+    return Interval(float(100 * change.sum() / stated.sum()), 100 * low[0], 100 * high[0])
+
+
+def bootstrap(values: Numbers, weights: Numbers, *, seed: int = 0) -> tuple[list[float], ...]:
+    """Give the 95 % interval of sum(values) / sum(weights) over captions; values [captions, n]."""
+    times = _resamples(len(values), seed)
+    shares = times @ values / np.maximum(times @ weights, 1e-9)[:, None]
+    low, high = np.percentile(shares, [2.5, 97.5], axis=0)
+    return low.tolist(), high.tolist()
+
+
+@lru_cache(maxsize=4)
+def _resamples(count: int, seed: int) -> Numbers:
+    """Give how often each of `count` captions is in each resample, [RESAMPLES, count]."""
+    picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    return np.stack([np.bincount(row, minlength=count) for row in picks]).astype(np.float64)
+
+
+def picture_likeness(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Give PSNR in dB (100 for equal pictures) and SSIM of each pair of pictures, [n] each.
+
+    Both 8 bit [n, 3, height, width]. SSIM is that of scikit-image: windows of 7 x 7 pixels, sample
+    covariance, mean over windows that lie within the picture, then over channels.
+    """
+    a, b = first.float(), second.float()
+    error = (a - b).square().flatten(1).mean(1)
+    psnr = 10 * torch.log10(255**2 / error)
+    side = 7
+    sample = side**2 / (side**2 - 1)
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, side, stride=1)
+
+    mean_a, mean_b = mean(a), mean(b)
+    var_a = sample * (mean(a * a) - mean_a**2)
+    var_b = sample * (mean(b * b) - mean_b**2)
+    both = sample * (mean(a * b) - mean_a * mean_b)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ssim = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    ssim = ssim / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return torch.where(error == 0, IDENTICAL_DB, psnr), ssim.flatten(1).mean(1)
 
 
 class Judge:
-    """Marks pictures against the uncompressed ones.
+    """Marks pictures against the uncompressed ones, at most `batch` at a time on `device`.
 
-    accuracy: (captions, PIL pictures) -> dict of numbers. verdicts: facts per caption, for a paired
-    interval; it gets tensors of at most `batch` pictures on `device`.
+    Pictures are those of all captions, once for each seed. verdicts: facts per caption, for
+    accuracy and its paired interval; accuracy: (captions, PIL pictures) -> dict of numbers, asked
+    where there are no verdicts.
     """
 
     def __init__(
@@ -84,41 +111,66 @@ class Judge:
         seed: int = 0,
     ) -> None:
         self._captions = list(captions)
+        self._seeds = len(dense.pictures) // len(self._captions)
+        self._texts = self._captions * self._seeds
         self._dense = dense
-        self._dense_images = dense.images()
         self._accuracy, self._verdicts = accuracy, verdicts
         self._device, self._batch, self._seed = device, batch, seed
         self._dense_facts = self._facts(dense)
-        self.dense_marks = self._marks_by_caption(self._dense_images, self._dense_facts)
+        self.dense_marks, self.dense_by_caption = self._by_caption(dense, self._dense_facts)
 
-    def marks(self, drawn: Drawn) -> dict[str, Any]:
-        """Mark pictures made with a plan: likeness, accuracy, and its paired difference."""
-        images = drawn.images()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            likeness = list(pool.map(picture_quality, images, self._dense_images))
-        away = (drawn.latents - self._dense.latents).flatten(1).norm(dim=1)
-        size = self._dense.latents.flatten(1).norm(dim=1)
+    def marks(self, drawn: Drawn) -> tuple[dict[str, Any], PerCaption]:
+        """Mark pictures made with a plan: likeness, accuracy, and its paired difference.
+
+        Also gives marks per caption.
+        """
+        psnr, ssim, away = self._likeness(drawn)
+        marks, by_caption = self._by_caption(drawn, self._facts(drawn))
+        by_caption["psnr_db"] = self._mean_over_seeds(psnr)
+        by_caption["ssim"] = self._mean_over_seeds(ssim)
+        steps = [float(x) for x in away.mean(0)]
         return {
-            "psnr_db": fmean(psnr for psnr, _ in likeness),
-            "ssim": fmean(ssim for _, ssim in likeness),
-            "latent_relative_error": float((away / size).mean()),
-            **self._marks_by_caption(images, self._facts(drawn)),
-        }
+            "psnr_db": float(psnr.mean()),
+            "ssim": float(ssim.mean()),
+            "latent_relative_error": steps[-1],
+            # Steps of another count are other times: only the last can be compared.
+            "latent_error_per_step": steps if len(steps) > 1 else None,
+            **marks,
+        }, by_caption
 
-    def _marks_by_caption(self, images: list[Image.Image], facts: Facts) -> dict[str, Any]:
-        marks: dict[str, Any] = {}
-        if self._accuracy is not None:
-            given = self._accuracy(self._captions, images)
-            marks["scores"] = {k: float(v) for k, v in given.items() if not math.isnan(v)}
-            if "accuracy" in given:
-                marks["accuracy"] = marks["scores"].get("accuracy")
+    def _likeness(self, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        likeness: list[tuple[Tensor, Tensor]] = []
+        away: list[Tensor] = []
+        same = drawn.latents.shape[1] == self._dense.latents.shape[1]
+        steps = slice(None) if same else slice(-1, None)
+        for part in self._parts():
+            pictures = (x.pictures[part].to(self._device) for x in (drawn, self._dense))
+            likeness.append(picture_likeness(*pictures))
+            mine, dense = (x.latents[part, steps].to(self._device) for x in (drawn, self._dense))
+            away.append(((mine - dense).norm(dim=2) / dense.norm(dim=2)).cpu().double())
+        psnr, ssim = (torch.cat(part).cpu().double() for part in zip(*likeness, strict=True))
+        return psnr, ssim, torch.cat(away)
+
+    def _parts(self) -> Iterator[slice]:
+        for first in range(0, len(self._texts), self._batch):
+            yield slice(first, first + self._batch)
+
+    def _mean_over_seeds(self, values: Tensor) -> list[float]:
+        mean = values.unflatten(0, (self._seeds, -1)).mean(0)
+        return [round(x, 4) for x in mean.tolist()]  # as they are kept in the file
+
+    def _by_caption(self, drawn: Drawn, facts: Facts) -> tuple[dict[str, Any], PerCaption]:
         if self._verdicts is not None:
-            marks |= self._marks_by_fact(facts)
-        return marks
+            return self._marks_by_fact(facts)
+        if self._accuracy is None:
+            return {}, {}
+        images = [Image.fromarray(p) for p in drawn.pictures.permute(0, 2, 3, 1).numpy()]
+        given = self._accuracy(self._texts, images)
+        scores = {k: float(v) for k, v in given.items() if not math.isnan(v)}
+        return {"scores": scores, "accuracy": scores.get("accuracy")}, {}
 
-    def _marks_by_fact(self, facts: Facts) -> dict[str, Any]:
+    def _marks_by_fact(self, facts: Facts) -> tuple[dict[str, Any], PerCaption]:
         counts = [len(row) for row in facts]
-        right = [sum(row) for row in facts]
         if not sum(counts):
             raise ArrowheadError(
                 "verdicts",
@@ -133,28 +185,34 @@ class Judge:
                 expected="the same facts of each caption, whatever its picture",
                 fix="let the facts depend on the caption alone",
             )
-        before = [sum(row) for row in self._dense_facts]
-        found = paired_interval(right, before, counts, seed=self._seed)
+        right, before, stated = (
+            self._sum_over_seeds(x)
+            for x in ([sum(row) for row in facts], [sum(row) for row in self._dense_facts], counts)
+        )
+        found = paired_interval(right, before, stated, seed=self._seed)
         return {
-            "accuracy": sum(right) / sum(counts),
-            "facts": sum(counts),
+            "accuracy": sum(right) / sum(stated),
+            "captions_right": sum(all(row) for row in facts) / len(facts),
+            "facts": round(sum(stated)),
             "difference_points": found.difference,
             "interval_points": [found.low, found.high],
-        }
+        }, {"right": right, "facts": stated}
+
+    def _sum_over_seeds(self, counts: Sequence[int]) -> list[float]:
+        return np.reshape(counts, (self._seeds, -1)).sum(0).astype(float).tolist()
 
     def _facts(self, drawn: Drawn) -> Facts:
         facts: Facts = []
         if self._verdicts is None:
             return facts
-        for first in range(0, len(self._captions), self._batch):
-            part = drawn.pictures[first : first + self._batch].to(self._device)
-            captions = self._captions[first : first + self._batch]
-            found = self._verdicts(captions, part.float() / 127.5 - 1)
+        for part in self._parts():
+            pictures = drawn.pictures[part].to(self._device).float() / 127.5 - 1
+            found = self._verdicts(self._texts[part], pictures)
             facts += [[bool(holds) for holds in row] for row in found]
-        if len(facts) != len(self._captions):
+        if len(facts) != len(self._texts):
             raise ArrowheadError(
                 "verdicts",
-                got=f"{len(facts)} rows for {len(self._captions)} captions",
+                got=f"{len(facts)} rows for {len(self._texts)} captions",
                 expected="one row per caption",
                 fix="return a list of booleans for each caption, in order",
             )

@@ -1,4 +1,4 @@
-"""Quality against saving: plans of several bounds and kinds, and simply fewer steps."""
+"""Quality against saving: plans of several bounds and kinds, fewer steps, and step caches."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typing import Any
 import torch
 
 from plans.denoising import Denoising, check_pipeline, dense_plan_of
-from plans.errors import ArrowheadError
-from plans.plan import Plan, save_plan
-from plans.run import run_plan
-from plans.search import search_plan
+from plans.plan import Plan
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.kernels import use_kernels
-from trt_runtime.marks import RESAMPLES, Drawn, Judge, Verdicts
+from trt_runtime.marks import RESAMPLES, Judge, PerCaption, Verdicts
 from trt_runtime.parity import Progress
-from trt_runtime.quality_report import open_report, save_report
-from trt_runtime.quality_settings import CANDIDATES, Point, Settings, calibration_seed, points
+from trt_runtime.quality_curves import compare_curves
+from trt_runtime.quality_draw import Artist, Drawn, work_saved
+from trt_runtime.quality_peers import missing_peers
+from trt_runtime.quality_report import load_captions, open_report, save_captions, save_report
+from trt_runtime.quality_settings import STEPS, VARIANTS, Point, Settings, points
+from trt_runtime.quality_variants import Planner, Run, run_of
 from trt_runtime.verify import Accuracy
+
+UNCOMPRESSED = "uncompressed"
 
 
 def measure_quality(
@@ -33,174 +36,134 @@ def measure_quality(
     accuracy: Accuracy | None = None,
     verdicts: Verdicts | None = None,
     resume: bool = False,
+    limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Draw all captions once uncompressed and once per row; give the report.
 
-    folder gets results.json, written anew after every row, and the plans. resume: keep the rows
-    that are there, if they were made with the same settings.
+    folder gets results.json, written anew after every row, marks per caption, and the plans.
+    resume: keep the rows that are there, if they were made with the same settings. limit_seconds:
+    begin no row after that time.
     """
+    begin = time.perf_counter()
     check_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
-    report = open_report(folder, _settings_record(pipe, settings), resume)
+    bare = _dense_plan(pipe, settings)
+    report = open_report(folder, _settings_record(pipe, settings, bare), resume)
+    resumed = UNCOMPRESSED in report
     report |= {
         "batch": settings.batch,
         "attention": use_kernels(pipe.device, pipe.transformer.dtype),
         "versions": versions(),
         "git_commit": git_commit(),
+        "variants": {name: VARIANTS[name]._asdict() for name in settings.variants},
+        "skipped": {k: v for k, v in missing_peers().items() if k in settings.variants},
     }
-    made = {(row["variant"], row["delta"], row["steps"]) for row in report["rows"]}
-    todo = [point for point in points(settings) if point.key not in made]
-    if not todo:
-        return report
-    bench = _Bench(pipe, settings, folder, progress or (lambda *_: None), len(todo) + 1)
-    dense = bench.draw("uncompressed", settings.steps, None)
-    judge = Judge(
-        settings.captions, dense, accuracy=accuracy, verdicts=verdicts, device=pipe.device,
-        batch=settings.batch, seed=settings.seed,
-    )  # fmt: skip
-    report["uncompressed"] = judge.dense_marks | {"draw_seconds": dense.seconds}
+    made = {tuple(row["key"]) for row in report["rows"]}
+    todo = [p for p in points(settings) if p.key not in made and p.variant not in report["skipped"]]
+    by_caption = load_captions(folder) if resumed else {}
+    if todo or not resumed:
+        bench = _Bench(
+            pipe, settings, folder, bare, progress or (lambda *_: None), len(todo), resumed
+        )
+        judge = bench.judge(report, by_caption, accuracy, verdicts)
+        for point in todo:
+            if limit_seconds is not None and time.perf_counter() - begin > limit_seconds:
+                break
+            row, by_caption[point.name] = bench.row(point, judge)
+            report["rows"].append(row | {"git_commit": report["git_commit"]})
+            save_captions(by_caption, folder)
+            save_report(report, folder)
+    report["comparisons"] = compare_curves(report, by_caption, seed=settings.seed)
     save_report(report, folder)
-    for point in todo:
-        bench.done += 1
-        report["rows"].append(bench.row(point, judge) | {"git_commit": report["git_commit"]})
-        save_report(report, folder)
     return report
-
-
-def draw(pipe: Any, settings: Settings, steps: int, progress: Progress | None = None) -> Drawn:
-    """Draw every caption with `steps` steps, in batches."""
-    pictures, latents = [], []
-    begin = time.perf_counter()
-    for first in range(0, len(settings.captions), settings.batch):
-        part = list(settings.captions[first : first + settings.batch])
-        made, last = _call(pipe, settings, part, steps, settings.seed + first)
-        pictures.append(made.mul(255).round().to(torch.uint8).cpu())
-        latents.append(last.float().cpu())
-        if not torch.isfinite(latents[-1]).all():
-            raise ArrowheadError(
-                f"latents of {type(pipe).__name__}",
-                got=f"values that are not finite in {pipe.transformer.dtype}",
-                expected="finite latents",
-                fix="pass --dtype fp32 or bf16",
-            )
-        if progress is not None:
-            progress("pictures", first + len(part), len(settings.captions))
-    return Drawn(torch.cat(pictures), torch.cat(latents), time.perf_counter() - begin)
-
-
-def _call(
-    pipe: Any, settings: Settings, captions: list[str], steps: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    last: dict[str, torch.Tensor] = {}
-
-    def keep(_: Any, __: int, ___: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        last.update(tensors)
-        return {}
-
-    options: dict[str, Any] = {}
-    if settings.max_sequence_length is not None:
-        options["max_sequence_length"] = settings.max_sequence_length
-    made = pipe(
-        captions,
-        num_inference_steps=steps,
-        guidance_scale=settings.guidance_scale,
-        height=settings.height,
-        width=settings.width,
-        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(captions))],
-        output_type="pt",
-        callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **options,
-    ).images
-    return made, last["latents"]
 
 
 class _Bench:
     """Makes rows; identical plans are drawn once."""
 
     def __init__(
-        self, pipe: Any, settings: Settings, folder: Path, progress: Progress, total: int
-    ) -> None:
-        self.done, self._total = 0, total
-        self._pipe, self._settings, self._folder = pipe, settings, folder
-        self._progress = progress
-        self._marked: dict[str, dict[str, Any]] = {}  # plan hash -> marks
+        self, pipe: Any, settings: Settings, folder: Path, bare: Plan, progress: Progress,
+        rows: int, resumed: bool,
+    ) -> None:  # fmt: skip
+        self._pipe, self._settings, self._folder, self._bare = pipe, settings, folder, bare
+        self._progress, self._done, self._total = progress, 0, rows + 1
+        self._name = ""
+        self._artist = Artist(pipe, settings, [module.name for module in bare.modules])
+        self._planner = Planner(pipe, settings, folder, self._report, resumed=resumed)
+        self._marked: dict[str, tuple[dict[str, Any], PerCaption]] = {}
 
-    def row(self, point: Point, judge: Judge) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "name": point.name, "variant": point.variant, "delta": point.delta,
-            "steps": point.steps,
-        }  # fmt: skip
-        if point.delta is None:
-            saved = 1 - point.steps / self._settings.steps
-            row |= {"attention_flops_saved": saved, "transformer_flops_saved": saved}
-            return row | self._marks(point, None, judge)
-        plan = self._search(point)
-        facts, search = plan.accounting or {}, plan.search or {}
-        file = Path("plans") / f"{point.variant}-{point.delta:g}.json"
-        (self._folder / file).parent.mkdir(exist_ok=True)
-        save_plan(plan, self._folder / file)
-        row |= {
-            "attention_flops_saved": facts["attention_flops_saved"],
-            "paper_formula_saved": facts["paper_formula_saved"],
-            "transformer_flops_saved": 1
-            - facts["transformer_flops"] / facts["transformer_flops_dense"],
-            "buckets": len(plan.buckets),
-            "search_seconds": search["seconds"],
-            "plan": str(file),
-            "plan_sha256": plan.sha256,
-        }
-        if plan.sha256 not in self._marked:
-            self._marked[plan.sha256] = self._marks(point, plan, judge)
-        return row | self._marked[plan.sha256]
-
-    def draw(self, name: str, steps: int, plan: Plan | None) -> Drawn:
-        """Draw all captions, with the plan if there is one."""
-        with run_plan(self._pipe, plan) if plan is not None else nullcontext():
-            return draw(
-                self._pipe, self._settings, steps,
-                lambda what, at, of: self._progress(
-                    f"{name}: {what} {at}/{of}", self.done, self._total
-                ),
-            )  # fmt: skip
-
-    def _marks(self, point: Point, plan: Plan | None, judge: Judge) -> dict[str, Any]:
-        drawn = self.draw(point.name, point.steps, plan)
-        self._progress(f"{point.name}: marks", self.done, self._total)
-        return {**judge.marks(drawn), "draw_seconds": drawn.seconds}
-
-    def _search(self, point: Point) -> Plan:
+    def judge(
+        self, report: dict[str, Any], by_caption: dict[str, PerCaption],
+        accuracy: Accuracy | None, verdicts: Verdicts | None,
+    ) -> Judge:  # fmt: skip
+        """Draw the uncompressed pictures and enter their marks; give the judge of the others."""
         settings = self._settings
-        assert point.delta is not None
-        return search_plan(
-            self._pipe,
-            settings.calibration,
-            steps=settings.steps,
-            height=settings.height,
-            width=settings.width,
-            delta=point.delta,
-            candidates=CANDIDATES[point.variant],
-            block=settings.block,
-            max_buckets=settings.max_buckets,
-            guidance_scale=settings.guidance_scale,
-            max_sequence_length=settings.max_sequence_length,
-            seed=calibration_seed(settings),
-            source=settings.source,
-            revision=settings.revision,
-            progress=lambda stage, at, of, _: self._progress(
-                f"{point.name}: {stage} {at}/{of}", self.done, self._total
-            ),
-        )
+        dense = self.draw(UNCOMPRESSED, settings.steps, Run(None, nullcontext))
+        judge = Judge(
+            settings.captions, dense, accuracy=accuracy, verdicts=verdicts,
+            device=self._pipe.device, batch=settings.batch, seed=settings.seed,
+        )  # fmt: skip
+        report[UNCOMPRESSED] = judge.dense_marks | _times(dense)
+        by_caption[UNCOMPRESSED] = judge.dense_by_caption
+        save_captions(by_caption, self._folder)
+        save_report(report, self._folder)
+        return judge
+
+    def row(self, point: Point, judge: Judge) -> tuple[dict[str, Any], PerCaption]:
+        """Make a row and its marks per caption."""
+        self._done += 1
+        self._name = point.name
+        row: dict[str, Any] = {
+            "name": point.name, "key": list(point.key), "variant": point.variant,
+            "steps": point.steps, "delta": point.delta, "threshold": point.threshold,
+        }  # fmt: skip
+        run = run_of(self._planner, point)
+        if run.share is None or run.share not in self._marked:
+            marks, by_caption = self._marks(point, run, judge)
+            self._marked[run.share or point.name] = marks, by_caption
+        marks, by_caption = self._marked[run.share or point.name]
+        return row | dict(run.facts or {}) | marks, by_caption
+
+    def draw(self, name: str, steps: int, run: Run) -> Drawn:
+        """Draw all captions with what the run installs."""
+        self._name = name
+        with run.installed():
+            return self._artist.draw(steps, self._report)
+
+    def _marks(self, point: Point, run: Run, judge: Judge) -> tuple[dict[str, Any], PerCaption]:
+        drawn = self.draw(point.name, point.steps, run)
+        self._report("marks", 0, 1)
+        marks, by_caption = judge.marks(drawn)
+        if point.variant == STEPS:
+            saved = 1 - point.steps / self._settings.steps
+            work = {"attention_flops_saved": saved, "transformer_flops_saved": saved}
+        else:
+            work = work_saved(run.plan or self._bare, drawn.ran)
+        return work | _times(drawn) | marks, by_caption
+
+    def _report(self, what: str, at: int, of: int) -> None:
+        self._progress(f"{self._name}: {what} {at}/{of}", self._done, self._total)
 
 
-def _settings_record(pipe: Any, settings: Settings) -> dict[str, Any]:
-    """What two runs must share for their rows to stand in one table."""
+def _times(drawn: Drawn) -> dict[str, Any]:
+    return {
+        "transformer_ms_per_picture": sum(drawn.step_ms),
+        "transformer_ms_per_step": drawn.step_ms,
+        "draw_seconds": drawn.seconds,
+    }
+
+
+def _dense_plan(pipe: Any, settings: Settings) -> Plan:
     run = Denoising(
         settings.captions[:1], settings.steps, settings.height, settings.width,
         settings.guidance_scale, settings.max_sequence_length, settings.seed,
     )  # fmt: skip
-    plan = dense_plan_of(pipe, run, settings.block, settings.source, settings.revision)
+    return dense_plan_of(pipe, run, settings.block, settings.source, settings.revision)
+
+
+def _settings_record(pipe: Any, settings: Settings, plan: Plan) -> dict[str, Any]:
+    """What two runs must share for their rows to stand in one table."""
     return {
         "model": settings.source,
         "architecture": plan.model.architecture,
@@ -219,7 +182,8 @@ def _settings_record(pipe: Any, settings: Settings) -> dict[str, Any]:
         "block": settings.block,
         "max_buckets": settings.max_buckets,
         "seed": settings.seed,
-        "calibration_seed": calibration_seed(settings),
+        "seeds": settings.seeds,
+        "calibration_seed": settings.calibration_seed,
         "device": device_name(str(pipe.device)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -1,25 +1,90 @@
-"""What `bench quality` draws and searches: its settings and its rows."""
+"""What `bench quality` draws: its settings, its kinds of row, and its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from plans.errors import ArrowheadError
 
-CANDIDATES = {"both": ("arrow", "cache"), "arrow": ("arrow",), "cache": ("cache",)}
-STEPS = "steps"
-VARIANTS = (*CANDIDATES, STEPS)
+DELTA, STEPS, THRESHOLD = "delta", "steps", "threshold"
+
+
+class Variant(NamedTuple):
+    """A kind of row: what is turned to save more, and how a curve of it is drawn.
+
+    how: a sentence on what runs, for the report.
+    """
+
+    knob: str
+    label: str
+    colour: str
+    marker: str
+    how: str
+
+
+OURS, STACKED = "both", "stacked"
+VARIANTS = {
+    OURS: Variant(
+        DELTA, "arrow and cache", "#1f3a5f", "o",
+        "Modes of every head, buckets and schedule chosen together under the bound delta.",
+    ),
+    "arrow": Variant(
+        DELTA, "arrow only", "#2a8c82", "^", "The same search without cached heads."
+    ),
+    "cache": Variant(DELTA, "cache only", "#c9822b", "s", "The same search without arrows."),
+    "paper": Variant(
+        DELTA, "published rule", "#b23a48", "D",
+        "DiTFastAttnV2's rule: step by step, one bound delta for all modules and steps, "
+        "c = 1.5, local relative squared error, a graph for each step.",
+    ),
+    "layer": Variant(
+        DELTA, "layer-wise", "#6d8f3c", "v",
+        "As V1 decides: all heads of a module share one mode at a step, chosen step by step "
+        "under the same bound on the sum of their errors.",
+    ),
+    "random": Variant(
+        DELTA, "random plan", "#8a8f98", "P",
+        "The plan of `both` at this delta with the modes of each bucket shuffled over all heads "
+        "of all modules: the same schedule, the same mix of modes at each step and, but for text "
+        "rows the last module discards, the same attention FLOPs. Step 0 stays full, so that "
+        "every cache is written before it is read.",
+    ),
+    STEPS: Variant(
+        STEPS, "fewer steps", "#8c4a6b", "x", "The uncompressed model with a smaller step count."
+    ),
+    "first-block-cache": Variant(
+        THRESHOLD, "FirstBlockCache", "#3d7dca", "<",
+        "diffusers.hooks.FirstBlockCache: where the first block's residual changed by less than "
+        "the threshold, the others' residual of the last computed step is added instead. It "
+        "decides once a call, for the whole batch.",
+    ),
+    STACKED: Variant(
+        THRESHOLD, "plan on FirstBlockCache", "#111111", "*",
+        "The plan of `both` at one delta, with FirstBlockCache around it; a cached head takes "
+        "the latest output there is.",
+    ),
+    "dbcache": Variant(
+        THRESHOLD, "cache-dit DBCache", "#a05fc4", ">",
+        "cache_dit.DBCache with one block before and one after (F1B1), a warm-up of one step and "
+        "the threshold on the first block's residual: the last block is computed at every step. "
+        "It decides once a call, for the whole batch.",
+    ),
+}  # fmt: skip
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 FEWER_STEPS = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8)  # of the step count
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is drawn and searched; picture i has the noise of seed + i in every row.
 
-    calibration: the search's prompts, none of them among the captions; its noise is other noise.
-    fewer_steps: step counts of the variant "steps"; none: FEWER_STEPS of `steps`.
+    seeds: pictures of a caption; the second noise of all captions follows the first. calibration:
+    the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
+    step counts of the variant "steps"; none: FEWER_STEPS of `steps`. thresholds: of the peers;
+    stacked_delta: of the plan that runs with one; none: the middle one of deltas.
     """
 
     captions: tuple[str, ...]
@@ -32,12 +97,24 @@ class Settings:
     block: int = 128
     max_buckets: int = 6
     deltas: tuple[float, ...] = DELTAS
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[str, ...] = tuple(VARIANTS)
     fewer_steps: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = THRESHOLDS
+    stacked_delta: float | None = None
     batch: int = 8
     seed: int = 0
+    seeds: int = 1
     source: str | None = None
     revision: str | None = None
+
+    @property
+    def pictures(self) -> int:
+        return self.seeds * len(self.captions)
+
+    @property
+    def calibration_seed(self) -> int:
+        """Search noise that no marked picture starts from."""
+        return self.seed + self.pictures
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.variants) - set(VARIANTS))
@@ -47,6 +124,8 @@ class Settings:
             ("variants", unknown, f"some of {', '.join(VARIANTS)}", "remove the others"),
             ("captions", [] if self.captions else ["none"], "one or more", "give a file of them"),
             ("pictures of one call", [n for n in (self.batch,) if n < 1], "1 or more", "--batch 8"),
+            ("pictures of a caption", [n for n in (self.seeds,) if n < 1], "1 or more",
+             "--seeds 2"),
             (
                 "calibration prompts",
                 shared,
@@ -54,42 +133,48 @@ class Settings:
                 "search on captions of their own: --calibration-prompts FILE",
             ),
             ("fewer steps", counts, f"counts in 1..{self.steps - 1}", "drop the others"),
-        ):
+        ):  # fmt: skip
             if got:
                 raise ArrowheadError(subject, got=got, expected=expected, fix=fix)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One row to be: a search with a bound, or a step count."""
+    """One row to be: a search with a bound, a step count or a peer's threshold."""
 
     variant: str
-    delta: float | None
     steps: int
+    delta: float | None = None
+    threshold: float | None = None
 
     @property
-    def key(self) -> tuple[str, float | None, int]:
-        return (self.variant, self.delta, self.steps)
+    def key(self) -> tuple[str, int, float | None, float | None]:
+        return (self.variant, self.steps, self.delta, self.threshold)
 
     @property
     def name(self) -> str:
-        if self.delta is None:
+        if self.variant == STEPS:
             return f"{self.steps} steps"
-        return f"{self.variant}, delta {self.delta:g}"
+        knobs = ((DELTA, self.delta), (THRESHOLD, self.threshold))
+        return ", ".join([self.variant, *(f"{name} {x:g}" for name, x in knobs if x is not None)])
 
 
 def points(settings: Settings) -> Iterator[Point]:
-    """Give the rows in the order they are made."""
+    """Give the rows in the order they are made: by delta, steps, then by threshold."""
+    of = {
+        knob: [v for v in settings.variants if VARIANTS[v].knob == knob]
+        for knob in (DELTA, STEPS, THRESHOLD)
+    }
     for delta in settings.deltas:
-        for variant in settings.variants:
-            if variant != STEPS:
-                yield Point(variant, delta, settings.steps)
-    if STEPS in settings.variants:
+        for variant in of[DELTA]:
+            yield Point(variant, settings.steps, delta=delta)
+    for variant in of[STEPS]:
         usual = {int(settings.steps * share) for share in FEWER_STEPS} - {0}
         for steps in sorted(set(settings.fewer_steps) or usual, reverse=True):
-            yield Point(STEPS, None, steps)
-
-
-def calibration_seed(settings: Settings) -> int:
-    """Give the search noise that no marked picture starts from."""
-    return settings.seed + len(settings.captions)
+            yield Point(variant, steps)
+    middle = sorted(settings.deltas)[len(settings.deltas) // 2] if settings.deltas else None
+    stacked = middle if settings.stacked_delta is None else settings.stacked_delta
+    for variant in of[THRESHOLD]:
+        for threshold in settings.thresholds:
+            bound = stacked if variant == STACKED else None
+            yield Point(variant, settings.steps, delta=bound, threshold=threshold)

@@ -26,7 +26,7 @@ from trt_runtime.pipeline import Picture, generate, load_source_pipeline
 
 Accuracy = Callable[[list[str], list[Any]], dict[str, float]]
 
-_IDENTICAL_DB = 100.0  # stands for the infinite PSNR of equal pictures: JSON has no infinity
+IDENTICAL_DB = 100.0  # stands for the infinite PSNR of equal pictures: JSON has no infinity
 
 
 def compare_runs(
@@ -97,7 +97,7 @@ def picture_quality(a: Any, b: Any) -> tuple[float, float]:
     first, second = np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB"))
     ssim = structural_similarity(first, second, channel_axis=2, data_range=255)
     if np.array_equal(first, second):
-        return _IDENTICAL_DB, float(ssim)
+        return IDENTICAL_DB, float(ssim)
     return float(peak_signal_noise_ratio(first, second, data_range=255)), float(ssim)
 
 

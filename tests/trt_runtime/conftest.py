@@ -43,12 +43,21 @@ def prompts_without_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let prompts stand for random embeddings of their own: the pipelines have no encoders."""
 
     def sd3(self: Any, prompt: Any, *_: Any, **options: Any) -> Any:
+        if options.get("prompt_embeds") is not None:
+            names = ("prompt_embeds", "pooled_prompt_embeds")
+            (text, pooled), (none, none_pooled) = (
+                [options.get(prefix + name) for name in names] for prefix in ("", "negative_")
+            )
+            return text, none, pooled, none_pooled
         text, pooled = _embed(prompt)
         none, none_pooled = _embed([""] * len(text))
         return text, none, pooled, none_pooled
 
-    def flux(self: Any, prompt: Any, *_: Any, **__: Any) -> Any:
-        text, pooled = _embed(prompt)
+    def flux(self: Any, prompt: Any, *_: Any, **options: Any) -> Any:
+        if options.get("prompt_embeds") is not None:
+            text, pooled = options["prompt_embeds"], options["pooled_prompt_embeds"]
+        else:
+            text, pooled = _embed(prompt)
         return text, pooled, torch.zeros(tiny.TEXT_TOKENS, 3)
 
     def load(kind: Any, source: str, **options: Any) -> Any:

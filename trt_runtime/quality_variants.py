@@ -1,0 +1,172 @@
+"""What each kind of row of `bench quality` installs in the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plans.accounting import account
+from plans.cache_flow import every_write
+from plans.denoising import Denoising
+from plans.layerwise import search_layerwise
+from plans.plan import Bucket, Plan, load_plan, save_plan
+from plans.run import run_plan
+from plans.search import search_plan
+from trt_runtime.parity import Progress
+from trt_runtime.quality_peers import dbcache, first_block_cache
+from trt_runtime.quality_settings import OURS, Point, Settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a row runs: a plan, if it follows one, and what is installed while it draws.
+
+    share: rows of equal share draw equal pictures.
+    """
+
+    plan: Plan | None
+    installed: Callable[[], AbstractContextManager[Any]]
+    share: str | None = None
+    facts: Mapping[str, Any] | None = None
+
+
+class Planner:
+    """Makes plans for the rows, each once, and keeps them in `folder`/plans.
+
+    resumed: take those that lie there, which the same settings made.
+    """
+
+    def __init__(
+        self, pipe: Any, settings: Settings, folder: Path, progress: Progress, *, resumed: bool
+    ) -> None:
+        self.pipe, self.settings = pipe, settings
+        self._folder, self._progress = folder / "plans", progress
+        self._known = {path.name for path in self._folder.glob("*.json")} if resumed else set()
+
+    def plan(self, variant: str, delta: float) -> tuple[Plan, str]:
+        """Give the plan of a variant at a bound, and its file, relative to the folder."""
+        path = self._folder / f"{variant}-{delta:g}.json"
+        if path.name not in self._known:
+            self._folder.mkdir(exist_ok=True)
+            save_plan(_SEARCHES[variant](self, delta), path)
+            self._known.add(path.name)
+        return load_plan(path), f"{self._folder.name}/{path.name}"
+
+    def search(self, delta: float, **how: Any) -> Plan:
+        """Search with plans.search."""
+        settings = self.settings
+        return search_plan(
+            self.pipe, settings.calibration, steps=settings.steps, height=settings.height,
+            width=settings.width, delta=delta, block=settings.block,
+            max_buckets=settings.max_buckets, guidance_scale=settings.guidance_scale,
+            max_sequence_length=settings.max_sequence_length, seed=settings.calibration_seed,
+            source=settings.source, revision=settings.revision,
+            progress=lambda stage, at, of, _: self._progress(f"search, {stage}", at, of), **how,
+        )  # fmt: skip
+
+    def layerwise(self, delta: float) -> Plan:
+        """Search with one mode per module and step."""
+        s = self.settings
+        run = Denoising(
+            s.calibration, s.steps, s.height, s.width, s.guidance_scale, s.max_sequence_length,
+            s.calibration_seed,
+        )  # fmt: skip
+        return search_layerwise(
+            self.pipe, run, delta=delta, block=s.block, source=s.source, revision=s.revision
+        )
+
+    def shuffled(self, delta: float) -> Plan:
+        """Shuffle the modes of our plan at this bound over the heads of each bucket."""
+        seed = [self.settings.seed, round(1e6 * delta)]
+        return shuffle_modes(self.plan(OURS, delta)[0], seed)
+
+
+def shuffle_modes(plan: Plan, seed: Sequence[int]) -> Plan:
+    """Shuffle the modes of each bucket over all heads of all modules; the schedule stays.
+
+    Step 0's bucket is full and stays so: every cache is written before it is read.
+    """
+    rng = np.random.default_rng(list(seed))
+    ends = np.cumsum([module.heads for module in plan.modules])
+    buckets = []
+    for bucket in plan.buckets:
+        row = rng.permutation([mode for m in plan.modules for mode in bucket.modes[m.name]])
+        modes = {
+            m.name: tuple(int(mode) for mode in row[end - m.heads : end])
+            for m, end in zip(plan.modules, ends, strict=True)
+        }
+        buckets.append(Bucket(modes))
+    shuffled = replace(plan, buckets=tuple(buckets), search={"method": "shuffled", "seed": [*seed]})
+    return replace(shuffled, accounting=account(shuffled, batch=2 if plan.sampler.cfg else 1))
+
+
+_SEARCHES: dict[str, Callable[[Planner, float], Plan]] = {
+    OURS: Planner.search,
+    "arrow": partial(Planner.search, candidates=("arrow",)),
+    "cache": partial(Planner.search, candidates=("cache",)),
+    "paper": partial(Planner.search, method="progressive"),
+    "layer": Planner.layerwise,
+    "random": Planner.shuffled,
+}
+
+
+def run_of(planner: Planner, point: Point) -> Run:
+    """Give what a row runs; searches its plan if it has one."""
+    return _RUNS.get(point.variant, _follow)(planner, point)
+
+
+def _follow(planner: Planner, point: Point) -> Run:
+    plan, facts = _plan_of(planner, point.variant, point)
+    return Run(plan, partial(run_plan, planner.pipe, plan), plan.sha256, facts)
+
+
+def _fewer_steps(planner: Planner, point: Point) -> Run:
+    return Run(None, nullcontext)
+
+
+def _peer(
+    cache: Callable[[Any, float], AbstractContextManager[None]], planner: Planner, point: Point
+) -> Run:
+    assert point.threshold is not None
+    return Run(None, partial(cache, planner.pipe, point.threshold))
+
+
+def _stacked(planner: Planner, point: Point) -> Run:
+    plan, facts = _plan_of(planner, OURS, point)
+
+    @contextmanager
+    def installed() -> Iterator[None]:
+        assert point.threshold is not None
+        with (
+            run_plan(planner.pipe, plan, every_write(plan)),
+            first_block_cache(planner.pipe, point.threshold),
+        ):
+            yield
+
+    return Run(plan, installed, None, facts)
+
+
+def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[str, Any]]:
+    assert point.delta is not None
+    plan, file = planner.plan(variant, point.delta)
+    return plan, {
+        "buckets": len(plan.buckets),
+        "plan": file,
+        "plan_sha256": plan.sha256,
+        "paper_formula_saved": (plan.accounting or {})["paper_formula_saved"],
+        "search_seconds": (plan.search or {}).get("seconds"),
+    }
+
+
+_RUNS: dict[str, Callable[[Planner, Point], Run]] = {
+    "steps": _fewer_steps,
+    "first-block-cache": partial(_peer, first_block_cache),
+    "dbcache": partial(_peer, dbcache),
+    "stacked": _stacked,
+}
