@@ -28,7 +28,8 @@ struct SharedStorage {
   alignas(1024) unsigned char q[C::kGroups][C::kGroupBytes];
   alignas(1024) unsigned char k[C::kStages][C::kKvBytes];
   alignas(1024) unsigned char v[C::kStages][C::kKvBytes];
-  alignas(1024) unsigned char ones[C::kOnes ? 16 * kSlabRowBytes : 1];  // past V: offsets are positive
+  // After V: the descriptors' offsets to them are positive.
+  alignas(1024) unsigned char ones[C::kOnes ? 16 * kSlabRowBytes : 1];
   alignas(1024) unsigned char o[C::kGroups][C::kGroupBytes];
   Barrier q_full[C::kGroups];
   Barrier q_empty[C::kGroups];
