@@ -1,4 +1,4 @@
-"""The verb plan: search, show, diff, edit, import, check."""
+"""The verb plan: search, synthetic, show, diff, edit, import, check."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from trt_runtime.cli_common import (
     prompts_of,
     show_table,
 )
+from trt_runtime.cli_synthetic import add_synthetic
 from trt_runtime.plan_text import apply_edits, differences, mode_counts, mode_name, parse_edit
 
 DIVISORS = (8, 16, 32)
@@ -30,6 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_search(actions)
     _add_import(actions)
+    add_synthetic(actions)
     show_parser = add_verb(
         actions,
         "show",
@@ -67,6 +69,10 @@ def add_verbs(verbs: Verbs) -> None:
     )
     parser.add_argument("--bucket", type=int, required=True, metavar="I")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: PLAN itself")
+    _add_check(actions)
+
+
+def _add_check(actions: Verbs) -> None:
     parser = add_verb(
         actions,
         "check",
@@ -203,7 +209,7 @@ def search(arguments: argparse.Namespace) -> int:
     make_parent(arguments.output)
     save_plan(plan, arguments.output)
     _draw(plan, arguments.picture or arguments.output.with_suffix(".png"))
-    _show(plan)
+    show_plan(plan)
     print(f"plan: {arguments.output}")
     return 0
 
@@ -211,7 +217,7 @@ def search(arguments: argparse.Namespace) -> int:
 def show(arguments: argparse.Namespace) -> int:
     """Print a plan, and draw it where asked."""
     plan = load_plan(arguments.plan)
-    _show(plan)
+    show_plan(plan)
     if arguments.picture is not None:
         _draw(plan, arguments.picture)
     return 0
@@ -225,7 +231,7 @@ def _draw(plan: Plan, path: Path) -> None:
     print(f"picture: {path}")
 
 
-def _show(plan: Plan) -> None:
+def show_plan(plan: Plan) -> None:
     heads = {m.name: m.heads for m in plan.modules}
     rows = [
         (name, *(" ".join(mode_name(m, short=True) for m in b.modes[name]) for b in plan.buckets))
@@ -251,13 +257,19 @@ def _show(plan: Plan) -> None:
             f"transformer: {flops / 1e12:.3g} of {dense / 1e12:.3g} TFLOP, "
             f"{percent(1 - flops / dense)} saved"
         )
-    if plan.search is not None:
-        worst = max((max(row) for row in plan.search.get("errors", {}).values()), default=0.0)
-        facts.append(
-            f"search: delta {plan.search.get('delta')}, largest measured error of a step and "
-            f"module {worst:.4g}, {plan.search.get('seconds')} s"
-        )
-    print("\n".join(facts))
+    print("\n".join([*facts, *_search_facts(plan.search)]))
+
+
+def _search_facts(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    if record.get("method") == "synthetic":
+        return ["synthetic: nothing was measured, good for speed alone"]
+    worst = max((max(row) for row in record.get("errors", {}).values()), default=0.0)
+    return [
+        f"search: delta {record.get('delta')}, largest measured error of a step and "
+        f"module {worst:.4g}, {record.get('seconds')} s"
+    ]
 
 
 def _show_buckets(plan: Plan, accounting: dict[str, Any]) -> None:
@@ -287,13 +299,13 @@ def edit(arguments: argparse.Namespace) -> int:
     edited = replace(edited, search=None, accounting=account(edited, _rows(plan)))
     target = arguments.output or arguments.plan
     make_parent(target)
-    save_plan(_relocate(edited, arguments.plan, target), target)
+    save_plan(_relocate(edited, arguments.plan), target)
     saved = [percent(account(p, 1)["attention_flops_saved"]) for p in (plan, edited)]
     print(f"{target}: attention saved {saved[1]}, before {saved[0]}")
     return 0
 
 
-def _relocate(plan: Plan, old: Path, new: Path) -> Plan:
+def _relocate(plan: Plan, old: Path) -> Plan:
     """Keep a relative model.source pointing at the same folder from another place."""
     from plans.plan import resolve_source
 
@@ -322,7 +334,7 @@ def import_(arguments: argparse.Namespace) -> int:
     plan = replace(plan, accounting=account(plan, _rows(plan)))
     make_parent(arguments.output)
     save_plan(plan, arguments.output)
-    _show(plan)
+    show_plan(plan)
     print(f"plan: {arguments.output}")
     return 0
 

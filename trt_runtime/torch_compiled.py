@@ -16,6 +16,7 @@ from plans.prepared import PreparedPlan
 from trt_runtime.kernels import use_kernels
 
 COMPILE = ("none", "blocks", "model")
+_GRAPHS = 256
 BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 
 
@@ -88,7 +89,9 @@ class CompiledPlan:
             if bucket not in self._compiled:
                 self._compiled[bucket] = self._torch_compile(forward)
             forward = self._compiled[bucket]
-        return forward(**inputs, return_dict=False)[0]
+        # A graph for each class of blocks and bucket, and all of them are of one function.
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+            return forward(**inputs, return_dict=False)[0]
 
     @contextmanager
     def installed(self, bucket: int) -> Iterator[None]:
@@ -105,7 +108,7 @@ class CompiledPlan:
                 yield
             finally:
                 for block in blocks:
-                    block._compiled_call_impl = None
+                    block.__dict__.pop("_compiled_call_impl", None)
 
     def _torch_compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
