@@ -25,12 +25,16 @@ from plans.prepared_parts import (
     Contribution,
     LinearGelu,
     PreparedAttention,
+    SingleBlock,
     SummedLinear,
     columns_of,
+    rest_of,
     rows_of,
 )
 from plans.stock import check_stock
 from plans.tiles import CACHED
+
+_ABSENT: Any = object()
 
 
 @dataclass
@@ -42,14 +46,23 @@ class PreparedBucket:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Have the transformer do what the bucket says; one bucket at a time."""
-        before = [getattr(owner, name) for owner, name, _ in self.replaced]
+        before = [(owner, name, _put(owner, name, part)) for owner, name, part in self.replaced]
         try:
-            for owner, name, part in self.replaced:
-                setattr(owner, name, part)
             yield
         finally:
-            for (owner, name, _), part in zip(self.replaced, before, strict=True):
-                setattr(owner, name, part)
+            for owner, name, part in before:
+                _put(owner, name, part)
+
+
+def _put(owner: nn.Module, name: str, part: Any) -> Any:
+    """Set an attribute or child past nn.Module's checks; return what was there, or _ABSENT."""
+    table: dict[str, Any] = owner._modules if name in owner._modules else owner.__dict__
+    before = table.get(name, _ABSENT)
+    if part is _ABSENT:
+        del table[name]
+    else:
+        table[name] = part
+    return before
 
 
 class PreparedPlan:
@@ -68,7 +81,7 @@ class PreparedPlan:
         self.plan = plan
         self.prune = prune
         self._found = check_stock(transformer, plan.modules)
-        self._blocks = {
+        self._blocks: dict[str, Any] = {
             module.name: transformer.get_submodule(module.name.rpartition(".")[0])
             for module in plan.modules
         }
@@ -149,27 +162,25 @@ class PreparedPlan:
         written: Sequence[CacheGroup],
     ) -> Iterator[tuple[Any, str, Any]]:
         attn, block = self._found[module.name], self._blocks[module.name]
+        split, dim = self._is_split(module), module.head_dim
         single = bool(getattr(attn, "pre_only", False))
-        layers = [block.proj_out] if single else _output_layers(attn, self._is_split(module))
+        layers: list[nn.Linear | None] = [block.proj_out] if single else _output_layers(attn, split)
         kept = [self.caches[group.name] for group in read]
         summed = [
             None
             if layer is None
             else SummedLinear(
-                columns_of(layer, module, heads, rest=True), [cache[i] for cache in kept]
+                columns_of(layer, heads, dim, bias=not single), [cache[i] for cache in kept]
             )
             for i, layer in enumerate(layers)
         ]
-        dim = module.head_dim
         yield (
             attn,
             "processor",
             PreparedAttention(
                 qkv=tuple(rows_of(getattr(attn, n), heads, dim) for n in QKV),
                 text_qkv=tuple(
-                    rows_of(getattr(attn, n), heads, dim)
-                    for n in TEXT_QKV
-                    if self._is_split(module)
+                    rows_of(getattr(attn, n), heads, dim) for n in (TEXT_QKV if split else ())
                 ),
                 tasks=tasks,
                 writes=tuple(self._contribution(module, layers, heads, g) for g in written),
@@ -182,8 +193,9 @@ class PreparedPlan:
                 cache=() if self.prune else self.caches[module.name],
             ),
         )
-        if single:
-            yield block, "proj_out", summed[0]
+        if single and summed[0] is not None:
+            rest = rest_of(block.proj_out, module.heads * dim)
+            yield block, "forward", SingleBlock(block, summed[0], rest)
 
     def _contribution(
         self,
@@ -193,7 +205,7 @@ class PreparedPlan:
         group: CacheGroup,
     ) -> Contribution:
         columns = tuple(
-            None if layer is None else columns_of(layer, module, group.heads, rest=False)
+            None if layer is None else columns_of(layer, group.heads, module.head_dim, bias=False)
             for layer in layers
         )
         place = torch.tensor([heads.index(h) for h in group.heads], device=self._options["device"])
@@ -212,11 +224,11 @@ def _output_layers(attn: Any, split: bool) -> list[nn.Linear | None]:
     return [None if attn.context_pre_only else attn.to_add_out, image]
 
 
-def _gelu_parts(transformer: nn.Module) -> list[tuple[Any, str, Any]]:
+def _gelu_parts(transformer: Any) -> list[tuple[Any, str, Any]]:
     """Put LinearGelu in the place of every projection that a tanh GELU follows."""
     parts: list[tuple[Any, str, Any]] = []
     for module in transformer.modules():
-        first = getattr(getattr(module, "net", None), "0", None)  # FeedForward
+        first: Any = getattr(getattr(module, "net", None), "0", None)  # FeedForward
         if type(first).__name__ == "GELU" and getattr(first, "approximate", "") == "tanh":
             if first.proj.bias is not None:
                 parts.append((module.net, "0", LinearGelu(first.proj)))

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plans import ops
-from plans.models import AttentionModule
 
 QKV = ("to_q", "to_k", "to_v")
 TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -61,6 +60,40 @@ class SummedLinear(nn.Module):
         for kept in self.added:
             out = out + kept
         return out
+
+
+class SingleBlock:
+    """Forward of a FLUX single block without the concatenation of attention and MLP.
+
+    Their parts of the output projection are two multiplications, so that neither output is copied.
+    """
+
+    def __init__(self, block: Any, attention_out: SummedLinear, mlp_out: Linear) -> None:
+        self.block = block
+        self.attention_out = attention_out
+        self.mlp_out = mlp_out
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        text_tokens = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        normed, gate = self.block.norm(x, emb=temb)
+        mlp = self.block.act_mlp(self.block.proj_mlp(normed))
+        attended = self.block.attn(
+            hidden_states=normed,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        x = x + gate.unsqueeze(1) * (self.mlp_out(mlp) + self.attention_out(attended))
+        if x.dtype == torch.float16:
+            x = x.clip(-65504, 65504)
+        return x[:, :text_tokens], x[:, text_tokens:]
 
 
 class LinearGelu(nn.Module):
@@ -154,18 +187,18 @@ def rows_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int) -> Linear:
     return Linear(weight[index], None if bias is None else bias[index])
 
 
-def columns_of(
-    layer: nn.Linear, module: AttentionModule, heads: tuple[int, ...], *, rest: bool
-) -> Linear:
-    """Take the input channels of `heads`; rest: with the bias, and FLUX's MLP channels after."""
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    width = module.heads * module.head_dim
-    if not rest:
-        return Linear(weight[:, _channels(heads, module.head_dim, weight.device)], None)
-    if len(heads) == module.heads:
-        return Linear(weight, bias)
-    own = weight[:, _channels(heads, module.head_dim, weight.device)]
-    return Linear(torch.cat([own, weight[:, width:]], dim=1).contiguous(), bias)
+def columns_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int, *, bias: bool) -> Linear:
+    """Take the input channels of `heads`; they come first in FLUX's projection of both."""
+    weight = layer.weight.detach()
+    own = layer.bias.detach() if bias and layer.bias is not None else None
+    if heads == tuple(range(len(heads))):
+        return Linear(weight[:, : len(heads) * head_dim], own)
+    return Linear(weight[:, _channels(heads, head_dim, weight.device)], own)
+
+
+def rest_of(layer: nn.Linear, width: int) -> Linear:
+    """Take the input channels after the first `width`, where they lie, and the bias."""
+    return Linear(layer.weight.detach()[:, width:], layer.bias.detach())
 
 
 def _channels(heads: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from plans.architectures import ARCHITECTURES, architecture_of
 from plans.plan import save_plan
 from plans.synthetic import mix_of_cut, parse_mix, synthetic_plan
 from trt_runtime.cli_common import Verbs, add_verb, make_parent
+from trt_runtime.cli_plan_show import show_plan
 
 
 def add_synthetic(actions: Verbs) -> None:
@@ -57,8 +58,6 @@ def add_synthetic(actions: Verbs) -> None:
 
 def synthetic(arguments: argparse.Namespace) -> int:
     """Write the plan and print what it saves."""
-    from trt_runtime.cli_plan import show_plan
-
     architecture = architecture_of(arguments.architecture)
     spec = architecture.spec(arguments.height, arguments.width, arguments.block)
     layout, heads = spec.modules[0].layout, spec.modules[0].heads

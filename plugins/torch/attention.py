@@ -243,10 +243,9 @@ def attend(
     if sample.dtype not in DTYPES or sample.shape[3] not in (64, 128):
         return sdpa.attend(q, k, v, cache, tasks, scale, text_tokens, text_first, block)
     out = [x.new_empty(x.shape[0], x.shape[1], tasks.shape[0], x.shape[3]) for x in q]
-    parts = [_pair(x) for x in (q, k, v)]
     launch(
-        *parts, _pair(out), tasks, scale=scale, text_tokens=text_tokens, text_first=text_first,
-        block=block, cache=_pair(cache) if cache else None,
+        _pair(q), _pair(k), _pair(v), _pair(out), tasks, scale=scale, text_tokens=text_tokens,
+        text_first=text_first, block=block, cache=_pair(cache) if cache else None,
     )  # fmt: skip
     return out
 
