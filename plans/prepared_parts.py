@@ -188,10 +188,14 @@ def rows_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int) -> Linear:
 
 
 def columns_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int, *, bias: bool) -> Linear:
-    """Take the input channels of `heads`; they come first in FLUX's projection of both."""
+    """Take the input channels of `heads`; they come first in FLUX's projection of both.
+
+    All heads are left where they lie. Some are a copy even if they are neighbours: with the same
+    strides in every module one compiled graph fits all.
+    """
     weight = layer.weight.detach()
     own = layer.bias.detach() if bias and layer.bias is not None else None
-    if heads == tuple(range(len(heads))):
+    if len(heads) * head_dim == layer.out_features:  # as many channels come in as go out
         return Linear(weight[:, : len(heads) * head_dim], own)
     return Linear(weight[:, _channels(heads, head_dim, weight.device)], own)
 

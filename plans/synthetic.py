@@ -36,6 +36,12 @@ class Mix:
         return f"all {used[0][1]}" if len(used) == 1 else " + ".join(f"{n} {w}" for n, w in used)
 
     @property
+    def code(self) -> str:
+        """The mix as parse_mix reads it."""
+        window = f"x{self.half_window}" if self.arrow else ""
+        return f"{self.full}/{self.arrow}{window}/{self.cached}"
+
+    @property
     def computed(self) -> int:
         return self.full + self.arrow
 

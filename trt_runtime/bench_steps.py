@@ -175,7 +175,7 @@ class Workbench:
             "width": self.settings.width,
             "rows": self.architecture.rows,
             "backend": backend,
-            "mix": DENSE if mix is None else mix.name,
+            "mix": DENSE if mix is None else mix.code,
             "share_saved": 0.0 if mix is None else mix.share_saved(layout),
             "cache_bytes": 0 if compiled is None else compiled.prepared.cache_bytes(),
             "attention": "PyTorch" if compiled is None else compiled.attention,
@@ -326,7 +326,7 @@ def measure_steps(
     }
     for mix in mixes:
         for backend in settings.backends:
-            what = f"{backend}, {DENSE if mix is None else mix.name}"
+            what = f"{backend}, {DENSE if mix is None else mix.code}"
             try:
                 report["rows"].append(bench.row(backend, mix))
                 log(f"{what}: {report['rows'][-1]['ms']:.1f} ms")

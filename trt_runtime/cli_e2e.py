@@ -203,7 +203,7 @@ def show_steps(report: dict[str, Any]) -> None:
         f"{subject}, {report['dtype']}, {report['device']}: medians of {report['rounds']} rounds; "
         "random weights and synthetic plans, which say nothing of quality; a picture is its "
         "transformer steps",
-        ("runs on", "heads", "saved", "ms a step", "full step", "28 steps, s", "50 steps, s",
+        ("runs on", "heads", "saved", "ms a step", "full step", "28 steps s", "50 steps s",
          "host ms", "peak", "caches", "ready, s", *(f"x {name}" for name in names)),
         rows,
     )  # fmt: skip
