@@ -11,12 +11,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plans.architectures import Architecture
 from plans.errors import ArrowheadError
@@ -25,53 +23,23 @@ from plans.synthetic import Mix, synthetic_plan
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.random_models import random_inputs, random_transformer
 from trt_runtime.step_profile import step_classes
+from trt_runtime.step_runners import (
+    BACKENDS,
+    BASELINES,
+    EAGER,
+    PICTURE_STEPS,
+    Runner,
+    Settings,
+    cudnn_attention,
+    seconds_of_picture,
+    time_rounds,
+)
 from trt_runtime.torch_compiled import BLOCKS, CompiledPlan
 
-BASELINES = ("eager", "torch.compile", "torch.compile-blocks", "torch.compile-max-autotune")
-BACKENDS: dict[str, dict[str, Any]] = {
-    "torch": {"compile": "none", "cuda_graph": False},
-    "torch-compile": {"compile": "blocks"},
-    "torch-compile-no-graph": {"compile": "blocks", "cuda_graph": False},
-    "torch-compile-whole": {"compile": "model"},
-    "torch-compile-unpruned": {"compile": "blocks", "prune": False},  # modes are an input
-    "torch-compile-plain-gelu": {"compile": "blocks", "fuse_gelu": False},
-}
-PICTURE_STEPS = (28, 50)
 DENSE = "dense"
 _WARMUP = 2
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and how long."""
-
-    height: int
-    width: int
-    baselines: Sequence[str] = ("eager", "torch.compile")
-    backends: Sequence[str] = ("torch-compile",)
-    device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
-    block: int = 128
-    rounds: int = 3
-    repeats: int = 3
-    full_step: bool = True
-    loop: bool = False
-    profile: bool = False
-
-
-@dataclass
-class Runner:
-    """One way to run a step."""
-
-    name: str
-    run: Callable[[], Tensor]
-    uncaptured: Callable[[], Tensor]  # the same kernels, with PyTorch's calls around them to see
-    prepare_seconds: float = 0.0
-    peak_bytes: int = 0
-    host_ms: float = 0.0
-    finite: bool = True
 
 
 class Workbench:
@@ -87,8 +55,24 @@ class Workbench:
         self.inputs = random_inputs(architecture, self._any_plan, **where)
         self._stock: dict[int, Callable[..., Any]] = {}
         self.on_gpu = settings.device.startswith("cuda")
-        self.baselines = [self._prepare(self._baseline(n)) for n in settings.baselines]
-        self.full_ms: dict[str, float] = {}
+        self.failures: list[dict[str, str]] = []
+        self.baselines: list[Runner] = []
+        for name in settings.baselines:
+            with self.noting(name):
+                self.baselines.append(self._prepare(self._baseline(name)))
+        # Eager is too slow to wait for in every row; it takes its turn among the baselines.
+        self._beside = [r for r in self.baselines if r.name != EAGER] or self.baselines
+        self._baseline_ms: dict[str, float] = {}
+        self._full_ms: dict[str, float] = {}
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Note a failure of what is inside and go on: what was measured must not be lost."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append({"row": what, "error": f"{type(error).__name__}: {error}"[:2000]})
+            self.log(f"{what}: failed: {str(error)[:300]}")
 
     def plan(self, mix: Mix | None) -> Plan:
         """Step 0 full, the others the mix; without one every step is full."""
@@ -120,22 +104,22 @@ class Workbench:
         settings = self.settings
         bucket = 0 if mix is None else 1
         ours = self._prepare(self._planned(backend, compiled, bucket))
-        runners = [*self.baselines, ours]
+        runners = [*self._beside, ours]
         full = None
-        if mix is not None and settings.full_step and backend not in self.full_ms:
+        if mix is not None and settings.full_step and backend not in self._full_ms:
             full = self._prepare(self._planned(f"{backend}, full step", compiled, 0))
             runners.append(full)
         times = time_rounds([r.run for r in runners], settings, self.on_gpu)
         medians = {r.name: statistics.median(t) for r, t in zip(runners, times, strict=True)}
         if full is not None:
-            self.full_ms[backend] = medians[full.name]
+            self._full_ms[backend] = medians[full.name]
         elif mix is None:
-            self.full_ms.setdefault(backend, medians[backend])
+            self._full_ms.setdefault(backend, medians[backend])
         row = self._describe(backend, mix, compiled) | {
             "ms": medians[backend],
-            "samples_ms": times[len(self.baselines)],
-            "baselines_ms": {r.name: medians[r.name] for r in self.baselines},
-            "full_step_ms": self.full_ms.get(backend),
+            "samples_ms": times[len(self._beside)],
+            "baselines_ms": self._baseline_ms | {r.name: medians[r.name] for r in self._beside},
+            "full_step_ms": self._full_ms.get(backend),
             "prepare_seconds": ours.prepare_seconds,
             "host_ms": ours.host_ms,
             "peak_bytes": ours.peak_bytes,
@@ -146,24 +130,30 @@ class Workbench:
         }
         if settings.loop and mix is not None:
             row["loop_seconds"] = self._loop(compiled)
-        if settings.profile:
-            row["classes_ms"] = step_classes(ours.uncaptured, self.architecture, row["ms"])
+        self._profile(ours, row)
         return row
+
+    def _profile(self, runner: Runner, row: Row) -> None:
+        if self.settings.profile:
+            with self.noting(f"profile of {runner.name}"):
+                row["classes_ms"] = step_classes(runner.uncaptured, self.architecture, row["ms"])
 
     def baseline_rows(self) -> list[Row]:
         """What only the baselines have: memory, preparation, and where their time goes."""
         rows = []
-        for runner in self.baselines:
+        times = time_rounds([r.run for r in self.baselines], self.settings, self.on_gpu)
+        for runner, samples in zip(self.baselines, times, strict=True):
+            self._baseline_ms[runner.name] = statistics.median(samples)
             row: Row = self._describe(runner.name, None, None) | {
+                "ms": self._baseline_ms[runner.name],
+                "samples_ms": samples,
                 "prepare_seconds": runner.prepare_seconds,
                 "host_ms": runner.host_ms,
                 "peak_bytes": runner.peak_bytes,
                 "finite": runner.finite,
             }
-            times = time_rounds([runner.run], replace(self.settings, rounds=1), self.on_gpu)[0]
-            row["ms"] = times[0]
-            if self.settings.profile:
-                row["classes_ms"] = step_classes(runner.uncaptured, self.architecture, row["ms"])
+            self._profile(runner, row)
+            self.log(f"{runner.name}: {row['ms']:.1f} ms")
             rows.append(row)
         return rows
 
@@ -201,7 +191,7 @@ class Workbench:
             forward = torch.compile(forward, dynamic=False, mode="max-autotune")
         elif name == "torch.compile-blocks":
             scope = self._compiled_blocks
-        elif name != "eager":
+        elif name != EAGER:
             raise ArrowheadError(
                 "baseline", got=name, expected=f"one of {', '.join(BASELINES)}", fix="pass those"
             )
@@ -218,7 +208,7 @@ class Workbench:
         for block in blocks:
             if id(block) not in self._stock:
                 self._stock[id(block)] = torch.compile(block._call_impl, dynamic=False)
-            block._compiled_call_impl = self._stock[id(block)]  # type: ignore[assignment]
+            block.__dict__["_compiled_call_impl"] = self._stock[id(block)]
         try:
             yield
         finally:
@@ -258,43 +248,6 @@ class Workbench:
             torch.cuda.synchronize()
 
 
-def cudnn_attention(on_gpu: bool) -> AbstractContextManager[None]:
-    """Have PyTorch's own attention be cuDNN's, which is the fastest it has on Hopper."""
-    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if on_gpu else contextlib.nullcontext()
-
-
-def seconds_of_picture(steps: int, ms: float, full_ms: float | None) -> float | None:
-    """Step 0 full, all others as measured; None where no full step was."""
-    return None if full_ms is None else (full_ms + (steps - 1) * ms) / 1000
-
-
-def time_rounds(
-    runs: Sequence[Callable[[], Any]], settings: Settings, on_gpu: bool
-) -> list[list[float]]:
-    """Milliseconds a step, by runner and round; each round starts with another runner."""
-    times: list[list[float]] = [[] for _ in runs]
-    for i in range(settings.rounds):
-        for j in [(j + i) % len(runs) for j in range(len(runs))]:
-            runs[j]()  # the first after another runner meets cold caches
-            times[j].append(_time(runs[j], settings.repeats, on_gpu))
-    return times
-
-
-def _time(run: Callable[[], Any], repeats: int, on_gpu: bool) -> float:
-    if not on_gpu:
-        started = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        return 1000 * (time.perf_counter() - started) / repeats
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats
-
-
 def measure_steps(
     architecture: Architecture,
     mixes: Sequence[Mix | None],
@@ -322,16 +275,14 @@ def measure_steps(
         "git_commit": git_commit(),
         "baselines": bench.baseline_rows(),
         "rows": [],
-        "failures": [],
+        "failures": bench.failures,
     }
+    row_done(report)
     for mix in mixes:
         for backend in settings.backends:
             what = f"{backend}, {DENSE if mix is None else mix.code}"
-            try:
+            with bench.noting(what):
                 report["rows"].append(bench.row(backend, mix))
                 log(f"{what}: {report['rows'][-1]['ms']:.1f} ms")
-            except (RuntimeError, ArrowheadError) as error:
-                report["failures"].append({"row": what, "error": str(error)[:2000]})
-                log(f"{what}: failed: {str(error)[:300]}")
             row_done(report)
     return report

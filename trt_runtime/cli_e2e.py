@@ -117,9 +117,10 @@ def e2e(arguments: argparse.Namespace) -> int:
 def _steps(arguments: argparse.Namespace) -> int:
     import torch
 
-    from trt_runtime.bench_steps import Settings, measure_steps
+    from trt_runtime.bench_steps import measure_steps
     from trt_runtime.cli_common import dtype_of
     from trt_runtime.engine import DTYPES
+    from trt_runtime.step_runners import Settings
 
     on_gpu = arguments.device.startswith("cuda") or torch.cuda.is_available()
     device = "cuda" if on_gpu and arguments.device == "cpu" else arguments.device
@@ -167,7 +168,7 @@ def _steps(arguments: argparse.Namespace) -> int:
 
 
 def _check_names(arguments: argparse.Namespace) -> None:
-    from trt_runtime.bench_steps import BACKENDS, BASELINES
+    from trt_runtime.step_runners import BACKENDS, BASELINES
 
     for option, given, known in (
         ("--variant", arguments.variant, tuple(BACKENDS)),

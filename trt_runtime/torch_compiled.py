@@ -104,7 +104,7 @@ class CompiledPlan:
                 for block in blocks:
                     if id(block) not in self._compiled:
                         self._compiled[id(block)] = self._torch_compile(block._call_impl)
-                    block._compiled_call_impl = self._compiled[id(block)]  # type: ignore[assignment]
+                    block.__dict__["_compiled_call_impl"] = self._compiled[id(block)]
                 yield
             finally:
                 for block in blocks:

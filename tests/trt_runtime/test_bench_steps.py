@@ -15,10 +15,11 @@ from plans.architectures import ARCHITECTURES, Architecture
 from plans.plan import load_plan
 from plans.synthetic import Mix
 from trt_runtime import bench_steps
-from trt_runtime.bench_steps import Settings, measure_steps, seconds_of_picture
+from trt_runtime.bench_steps import measure_steps
 from trt_runtime.cli import main
 from trt_runtime.random_models import random_inputs, random_transformer
 from trt_runtime.step_profile import CLASSES, classify, draw_classes
+from trt_runtime.step_runners import BACKENDS, Settings, seconds_of_picture
 
 SD3, FLUX = "sd3.5-medium", "flux.1-dev"
 
@@ -69,9 +70,7 @@ def test_rows_hold_both_sides_and_pictures(
     architecture: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpruned = "torch-compile-unpruned"
-    monkeypatch.setitem(
-        bench_steps.BACKENDS, unpruned, {**bench_steps.BACKENDS[unpruned], "backend": "aot_eager"}
-    )
+    monkeypatch.setitem(BACKENDS, unpruned, {**BACKENDS[unpruned], "backend": "aot_eager"})
     partial: list[int] = []
     report = measure_steps(
         architecture,
@@ -80,7 +79,7 @@ def test_rows_hold_both_sides_and_pictures(
         row_done=lambda report: partial.append(len(report["rows"])),
     )
     assert not report["failures"]
-    assert partial == [1, 2, 3, 4]  # written after each row
+    assert partial == [0, 1, 2, 3, 4]  # written after each row
     assert [(row["backend"], row["mix"]) for row in report["rows"]] == [
         (backend, mix) for mix in ("1/2x1/1", "dense") for backend in ("torch", unpruned)
     ]
@@ -94,7 +93,7 @@ def test_rows_hold_both_sides_and_pictures(
 
 
 def test_a_row_that_fails_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_steps.BACKENDS, "broken", {"compile": "layers"})
+    monkeypatch.setitem(BACKENDS, "broken", {"compile": "layers"})
     report = measure_steps(
         tiny(SD3), [None], settings(baselines=(), backends=("broken", "torch"), full_step=False)
     )
