@@ -28,7 +28,8 @@ def random_transformer(
     config = {k: v for k, v in architecture.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         model: nn.Module = getattr(diffusers, architecture.config["_class_name"])(**config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    model = nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in fp32
+    model = model.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "norm" in name and name.endswith("weight") and tensor.ndim == 1:
