@@ -250,13 +250,13 @@ class Workbench:
 
 def measure_steps(
     architecture: Architecture,
-    mixes: Sequence[Mix | None],
+    rows: Sequence[tuple[str, Mix | None]],
     settings: Settings,
     *,
     log: Callable[[str], None] = lambda line: None,
     row_done: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """Measure every mix (None: all full) on every backend, in the order given.
+    """Measure rows of a backend and a mix (None: all full) in the order given.
 
     row_done gets the report after each row, so that a run that is cut off leaves what it has. A
     row that fails says so in the report, and the next one runs.
@@ -278,11 +278,10 @@ def measure_steps(
         "failures": bench.failures,
     }
     row_done(report)
-    for mix in mixes:
-        for backend in settings.backends:
-            what = f"{backend}, {DENSE if mix is None else mix.code}"
-            with bench.noting(what):
-                report["rows"].append(bench.row(backend, mix))
-                log(f"{what}: {report['rows'][-1]['ms']:.1f} ms")
-            row_done(report)
+    for backend, mix in rows:
+        what = f"{backend}, {DENSE if mix is None else mix.code}"
+        with bench.noting(what):
+            report["rows"].append(bench.row(backend, mix))
+            log(f"{what}: {report['rows'][-1]['ms']:.1f} ms")
+        row_done(report)
     return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="F/A/C",
         help="heads full/arrow/cached in every module, as 6/12x4/6 (half windows of 4 blocks; "
-        "V / 32 tokens by default), or dense",
+        "V / 32 tokens by default), or dense; 6/12x4/6:torch takes that variant alone",
     )
     group.add_argument(
         "--cut", nargs="+", type=float, default=[], metavar="X", help="mixes by attention saved"
@@ -128,12 +129,10 @@ def _steps(arguments: argparse.Namespace) -> int:
     architecture = architecture_of(arguments.architecture)
     if arguments.depth is not None:
         architecture = architecture.of_depth(arguments.depth)
-    _check_names(arguments)
     settings = Settings(
         height=arguments.height,
         width=arguments.width,
         baselines=arguments.baseline,
-        backends=arguments.variant,
         device=device,
         dtype=DTYPES[dtype_of(dtype)],
         block=arguments.block,
@@ -150,7 +149,7 @@ def _steps(arguments: argparse.Namespace) -> int:
 
     report = measure_steps(
         architecture,
-        _mixes(architecture, arguments),
+        _rows(architecture, arguments),
         settings,
         log=lambda line: print(line, file=sys.stderr, flush=True),
         row_done=row_done,
@@ -167,26 +166,33 @@ def _steps(arguments: argparse.Namespace) -> int:
     return 1 if report["failures"] else 0
 
 
-def _check_names(arguments: argparse.Namespace) -> None:
+def _rows(
+    architecture: Architecture, arguments: argparse.Namespace
+) -> list[tuple[str, Mix | None]]:
+    """Give (variant, mix) of every row, in the order of the arguments."""
     from trt_runtime.step_runners import BACKENDS, BASELINES
 
-    for option, given, known in (
-        ("--variant", arguments.variant, tuple(BACKENDS)),
-        ("--baseline", arguments.baseline, BASELINES),
-    ):
-        for name in given:
-            if name not in known:
-                raise ArrowheadError(
-                    option, got=name, expected=f"some of {', '.join(known)}", fix="pass one of them"
-                )
-
-
-def _mixes(architecture: Architecture, arguments: argparse.Namespace) -> list[Mix | None]:
     spec = architecture.spec(arguments.height, arguments.width, arguments.block)
     layout, heads = spec.modules[0].layout, spec.modules[0].heads
-    mixes = [None if text == DENSE else parse_mix(text, layout, heads) for text in arguments.mix]
-    mixes += [mix_of_cut(cut, layout, heads) for cut in arguments.cut]
-    return mixes or [mix_of_cut(0.68, layout, heads)]
+    mixes: list[tuple[list[str], Mix | None]] = []
+    for text in arguments.mix:
+        mix, _, variant = text.partition(":")
+        variants = [variant] if variant else arguments.variant
+        mixes.append((variants, None if mix == DENSE else parse_mix(mix, layout, heads)))
+    cuts = arguments.cut or ([] if mixes else [0.68])
+    mixes += [(arguments.variant, mix_of_cut(cut, layout, heads)) for cut in cuts]
+    rows = [(variant, mix) for variants, mix in mixes for variant in variants]
+    _check_names("--variant", [variant for variant, _ in rows], tuple(BACKENDS))
+    _check_names("--baseline", arguments.baseline, BASELINES)
+    return rows
+
+
+def _check_names(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ArrowheadError(
+                option, got=name, expected=f"some of {', '.join(known)}", fix="pass one of them"
+            )
 
 
 def show_steps(report: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ class Settings:
     height: int
     width: int
     baselines: Sequence[str] = ("eager", "torch.compile")
-    backends: Sequence[str] = ("torch-compile",)
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
     block: int = 128

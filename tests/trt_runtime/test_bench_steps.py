@@ -47,7 +47,7 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def settings(**changes: Any) -> Settings:
     base = Settings(
-        256, 256, baselines=("eager",), backends=("torch",), device="cpu", dtype=torch.float32,
+        256, 256, baselines=("eager",), device="cpu", dtype=torch.float32,
         block=16, rounds=2, repeats=1,
     )  # fmt: skip
     return replace(base, **changes)
@@ -74,8 +74,8 @@ def test_rows_hold_both_sides_and_pictures(
     partial: list[int] = []
     report = measure_steps(
         architecture,
-        [Mix(1, 2, 1, 1), None],
-        settings(backends=("torch", unpruned), loop=True, profile=True),
+        [(backend, mix) for mix in (Mix(1, 2, 1, 1), None) for backend in ("torch", unpruned)],
+        settings(loop=True, profile=True),
         row_done=lambda report: partial.append(len(report["rows"])),
     )
     assert not report["failures"]
@@ -95,7 +95,7 @@ def test_rows_hold_both_sides_and_pictures(
 def test_a_row_that_fails_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "broken", {"compile": "layers"})
     report = measure_steps(
-        tiny(SD3), [None], settings(baselines=(), backends=("broken", "torch"), full_step=False)
+        tiny(SD3), [("broken", None), ("torch", None)], settings(baselines=(), full_step=False)
     )
     assert [failure["row"] for failure in report["failures"]] == ["broken, dense"]
     assert [row["backend"] for row in report["rows"]] == ["torch"]
@@ -108,7 +108,7 @@ def test_the_command_writes_table_json_and_picture(
         pytest.skip("the command takes the GPU where there is one, and tiny heads fit no kernel")
     code = main(
         ["bench", "e2e", "--architecture", architecture.name, "--height", "256", "--width", "256",
-         "--block", "16", "--mix", "1/2x1/1", "--variant", "torch", "--baseline", "eager",
+         "--block", "16", "--mix", "1/2x1/1:torch", "--baseline", "eager",
          "--repeats", "1", "--steps-per-round", "1", "--json", str(tmp_path / "steps.json"),
          "--plot", str(tmp_path / "steps.png")]
     )  # fmt: skip
@@ -129,6 +129,7 @@ def test_the_command_writes_table_json_and_picture(
         ["bench", "e2e", "--architecture", SD3, "--variant", "fast"],
         ["bench", "e2e", "--architecture", SD3, "--baseline", "slow"],
         ["bench", "e2e", "--architecture", SD3, "--mix", "1/1/1"],
+        ["bench", "e2e", "--architecture", SD3, "--mix", "7/8x4/9:fast"],
     ],
 )
 def test_what_cannot_be_timed_is_refused(arguments: list[str]) -> None:
