@@ -60,8 +60,27 @@ def cached_head(
     return both.index_select(2, reference._index(tuple(source), q.device))
 
 
+def attend(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    tasks: Tensor,
+    scale: float,
+    text_tokens: int,
+    text_first: bool,
+    block: int,
+) -> list[Tensor]:
+    """plans.ops.attend; it reads the tasks on the host, so it cannot be captured in a graph."""
+    out = ops.run_tasks(
+        arrow_attention, q, k, v, cache, tasks, scale, text_tokens, text_first, block
+    )
+    return ops.split_tokens(out, len(q), text_tokens, text_first)
+
+
 def register() -> None:
     """Make these the operators on CUDA, until a kernel library registers its own."""
+    ops.attend.register_kernel("cuda")(attend)
     ops.arrow_attention.register_kernel("cuda")(arrow_attention)
     ops.cached_head.register_kernel("cuda")(cached_head)
 

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
-from plans.tiles import CACHED, FULL, TokenLayout, kept_pairs
+from plans.synthetic import Mix
+from plans.tiles import TokenLayout, kept_pairs
 from plugins.torch import library
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How many heads are in which mode."""
-
-    full: int
-    arrow: int
-    half_window: int
-    cached: int
-
-    @property
-    def name(self) -> str:
-        groups = ((self.full, "full"), (self.arrow, f"hw{self.half_window}"),
-                  (self.cached, "cached"))  # fmt: skip
-        used = [(n, what) for n, what in groups if n]
-        return f"all {used[0][1]}" if len(used) == 1 else " + ".join(f"{n} {w}" for n, w in used)
-
-    @property
-    def computed(self) -> int:
-        return self.full + self.arrow
-
-    def modes(self) -> list[int]:
-        """One mode per head; which head has which is shuffled, as in a searched plan."""
-        modes = [FULL] * self.full + [self.half_window] * self.arrow + [CACHED] * self.cached
-        random.Random(0).shuffle(modes)
-        return modes
 
 
 @dataclass(frozen=True)

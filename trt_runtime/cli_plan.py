@@ -1,11 +1,10 @@
-"""The verb plan: search, show, diff, edit, import, check."""
+"""The verb plan: search, synthetic, show, diff, edit, import, check."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from plans.accounting import account
 from plans.plan import Plan, check_plan, load_plan, save_plan
@@ -13,14 +12,14 @@ from trt_runtime.cli_common import (
     Verbs,
     add_prompts,
     add_verb,
-    bytes_text,
     make_parent,
     percent,
     progress_bar,
     prompts_of,
-    show_table,
 )
-from trt_runtime.plan_text import apply_edits, differences, mode_counts, mode_name, parse_edit
+from trt_runtime.cli_plan_show import rows_of, show_plan
+from trt_runtime.cli_synthetic import add_synthetic
+from trt_runtime.plan_text import apply_edits, differences, parse_edit
 
 DIVISORS = (8, 16, 32)
 
@@ -30,6 +29,7 @@ def add_verbs(verbs: Verbs) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_search(actions)
     _add_import(actions)
+    add_synthetic(actions)
     show_parser = add_verb(
         actions,
         "show",
@@ -67,6 +67,10 @@ def add_verbs(verbs: Verbs) -> None:
     )
     parser.add_argument("--bucket", type=int, required=True, metavar="I")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: PLAN itself")
+    _add_check(actions)
+
+
+def _add_check(actions: Verbs) -> None:
     parser = add_verb(
         actions,
         "check",
@@ -203,7 +207,7 @@ def search(arguments: argparse.Namespace) -> int:
     make_parent(arguments.output)
     save_plan(plan, arguments.output)
     _draw(plan, arguments.picture or arguments.output.with_suffix(".png"))
-    _show(plan)
+    show_plan(plan)
     print(f"plan: {arguments.output}")
     return 0
 
@@ -211,7 +215,7 @@ def search(arguments: argparse.Namespace) -> int:
 def show(arguments: argparse.Namespace) -> int:
     """Print a plan, and draw it where asked."""
     plan = load_plan(arguments.plan)
-    _show(plan)
+    show_plan(plan)
     if arguments.picture is not None:
         _draw(plan, arguments.picture)
     return 0
@@ -223,51 +227,6 @@ def _draw(plan: Plan, path: Path) -> None:
     make_parent(path)
     plan_picture(plan, path)
     print(f"picture: {path}")
-
-
-def _show(plan: Plan) -> None:
-    heads = {m.name: m.heads for m in plan.modules}
-    rows = [
-        (name, *(" ".join(mode_name(m, short=True) for m in b.modes[name]) for b in plan.buckets))
-        for name in heads
-    ]
-    show_table(
-        "modes of the heads: F full, C cached, else the half window in blocks",
-        ("module", *(f"bucket {i}" for i in range(len(plan.buckets)))),
-        rows,
-    )
-    accounting = plan.accounting or account(plan, _rows(plan))
-    _show_buckets(plan, accounting)
-    facts = [
-        f"{plan.model.architecture} {plan.height} x {plan.width}, {plan.text_tokens} text tokens, "
-        f"blocks of {plan.block}, {plan.steps} steps of {plan.sampler.scheduler}",
-        f"attention saved: {percent(accounting['attention_flops_saved'])} "
-        f"(paper's formula: {percent(accounting['paper_formula_saved'])}); "
-        f"caches in fp16: {bytes_text(accounting['cache_bytes']['2'])}",
-    ]
-    flops, dense = accounting.get("transformer_flops"), accounting.get("transformer_flops_dense")
-    if flops and dense:
-        facts.append(
-            f"transformer: {flops / 1e12:.3g} of {dense / 1e12:.3g} TFLOP, "
-            f"{percent(1 - flops / dense)} saved"
-        )
-    if plan.search is not None:
-        worst = max((max(row) for row in plan.search.get("errors", {}).values()), default=0.0)
-        facts.append(
-            f"search: delta {plan.search.get('delta')}, largest measured error of a step and "
-            f"module {worst:.4g}, {plan.search.get('seconds')} s"
-        )
-    print("\n".join(facts))
-
-
-def _show_buckets(plan: Plan, accounting: dict[str, Any]) -> None:
-    rows = []
-    for bucket in range(len(plan.buckets)):
-        counts = mode_counts(plan, bucket)
-        steps = [step for step, own in enumerate(plan.schedule) if own == bucket]
-        saved = accounting["per_step"][steps[0]]
-        rows.append((bucket, " ".join(map(str, steps)), *counts.values(), percent(saved)))
-    show_table("buckets", ("bucket", "steps", "full", "arrow", "cached", "saved"), rows)
 
 
 def diff(arguments: argparse.Namespace) -> int:
@@ -284,16 +243,16 @@ def edit(arguments: argparse.Namespace) -> int:
     edited = apply_edits(plan, arguments.bucket, [parse_edit(text) for text in arguments.set])
     check_plan(edited)
     # What was measured, was measured of another plan.
-    edited = replace(edited, search=None, accounting=account(edited, _rows(plan)))
+    edited = replace(edited, search=None, accounting=account(edited, rows_of(plan)))
     target = arguments.output or arguments.plan
     make_parent(target)
-    save_plan(_relocate(edited, arguments.plan, target), target)
+    save_plan(_relocate(edited, arguments.plan), target)
     saved = [percent(account(p, 1)["attention_flops_saved"]) for p in (plan, edited)]
     print(f"{target}: attention saved {saved[1]}, before {saved[0]}")
     return 0
 
 
-def _relocate(plan: Plan, old: Path, new: Path) -> Plan:
+def _relocate(plan: Plan, old: Path) -> Plan:
     """Keep a relative model.source pointing at the same folder from another place."""
     from plans.plan import resolve_source
 
@@ -319,10 +278,10 @@ def import_(arguments: argparse.Namespace) -> int:
         source=bare.model.source,
         weights_sha256=bare.model.weights_sha256,
     )
-    plan = replace(plan, accounting=account(plan, _rows(plan)))
+    plan = replace(plan, accounting=account(plan, rows_of(plan)))
     make_parent(arguments.output)
     save_plan(plan, arguments.output)
-    _show(plan)
+    show_plan(plan)
     print(f"plan: {arguments.output}")
     return 0
 
@@ -338,10 +297,3 @@ def check(arguments: argparse.Namespace) -> int:
         against = f", and fits {arguments.model}"
     print(f"{arguments.plan}: legal{against}")
     return 0
-
-
-def _rows(plan: Plan) -> int:
-    """Rows of a transformer call for one picture, which accounting counts by default."""
-    if plan.accounting is not None:
-        return int(plan.accounting["batch"])
-    return 2 if plan.sampler.cfg else 1

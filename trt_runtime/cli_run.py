@@ -23,6 +23,7 @@ from trt_runtime.cli_common import (
     show_table,
     write_json,
 )
+from trt_runtime.cli_e2e import add_e2e, e2e
 from trt_runtime.cli_quality import add_quality
 from trt_runtime.cli_triton import add_serve
 
@@ -72,31 +73,16 @@ def _add_bench(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "bench",
-        bench,
-        "time pictures or attention alone, or hold quality against what is saved",
+        e2e,
+        "time pictures, steps or attention alone, or hold quality against what is saved",
         "  arrowhead bench e2e bundle\n"
+        "  arrowhead bench e2e --architecture flux.1-dev --cut 0.3 0.5 0.68\n"
         "  arrowhead bench attention --json attention.json\n"
         "  arrowhead bench quality --model my-model --prompts captions.txt --output quality",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for add in (add_attention, add_quality, add_serve):
+    for add in (add_attention, add_e2e, add_quality, add_serve):
         add(actions)
-    parser = add_verb(
-        actions,
-        "e2e",
-        bench,
-        "time pictures with the plan against the stock dense graph",
-        "  arrowhead bench e2e bundle\n"
-        "  arrowhead bench e2e bundle --repeats 5 --threads 1 --profile --json bench.json",
-    )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    add_prompts(parser)
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default 3)")
-    parser.add_argument("--num-warmup-runs", type=int, default=1, help="untimed rounds (default 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", action="store_true", help="seconds per operator type too")
-    add_backend(parser)
-    add_json(parser)
 
 
 def _add_verify(verbs: Verbs) -> None:
@@ -164,73 +150,6 @@ def run(arguments: argparse.Namespace) -> int:
     saved = sum(by_bucket[bucket] for bucket in ran) / len(ran)
     print(f"attention saved by the plan: {percent(saved)} over {len(ran)} steps")
     return 0
-
-
-def bench(arguments: argparse.Namespace) -> int:
-    """Time dense and plan in turns."""
-    from trt_runtime.bench import end_to_end
-    from trt_runtime.bundles import model_source, open_bundle
-
-    bundle, _ = open_bundle(arguments.bundle)
-    prompts = prompts_of(arguments, model_source(bundle, arguments.bundle))
-    with progress_bar() as progress:
-        report = end_to_end(
-            arguments.bundle,
-            prompts,
-            backend=arguments.backend,
-            device=arguments.device,
-            **session_of(arguments),
-            repeats=arguments.repeats,
-            warmup=arguments.num_warmup_runs,
-            seed=arguments.seed,
-            profile=arguments.profile,
-            progress=progress,
-        )
-    if arguments.json:
-        write_json(report, arguments.json)
-    if arguments.json != "-":
-        _show_bench(report)
-    return 0
-
-
-def _show_bench(report: dict[str, Any]) -> None:
-    if "operators" in report:
-        dense, plan = report["operators"]["dense"], report["operators"]["plan"]
-        kinds = sorted(
-            {*dense, *plan}, key=lambda kind: -max(dense.get(kind, 0), plan.get(kind, 0))
-        )
-        seconds = [(k, f"{dense.get(k, 0):.3f}", f"{plan.get(k, 0):.3f}") for k in kinds[:15]]
-        show_table("seconds in operators, one call", ("operator", "dense", "plan"), seconds)
-    rows: list[tuple[Any, ...]] = [
-        ("picture", "", *_pair(report, "seconds"), f"{report['speedup']:.2f}x"),
-        (
-            "transformer",
-            report["steps"],
-            *_pair(report, "transformer_seconds"),
-            f"{report['transformer_speedup']:.2f}x",
-        ),
-    ]
-    dense_step = report["dense"]["step_seconds"]["0"]
-    for bucket, spent in report["plan"]["step_seconds"].items():
-        count = report["plan"]["step_counts"][bucket]
-        rows.append(
-            (
-                f"step of bucket {bucket}",
-                count,
-                f"{dense_step:.4f}",
-                f"{spent:.4f}",
-                f"{dense_step / spent:.2f}x",
-            )
-        )
-    title = (
-        f"{report['backend']} ({report['attention']}), {report['dtype']}, {report['device']}: "
-        f"medians of {report['repeats']}, seconds"
-    )
-    show_table(title, ("", "steps", "dense", "plan", "speed-up"), rows)
-
-
-def _pair(report: dict[str, Any], key: str) -> tuple[str, str]:
-    return f"{report['dense'][key]:.3f}", f"{report['plan'][key]:.3f}"
 
 
 def verify(arguments: argparse.Namespace) -> int:

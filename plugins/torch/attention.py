@@ -1,7 +1,7 @@
 """The fused kernel as the CUDA implementation of torch.ops.arrowhead.*.
 
 `launch` is the whole kernel: any mix of modes, tensors in one piece or as (text, image) pairs, a
-second output. `register` puts it behind the two operators that plans.ops defines. Nothing here
+second output. `register` puts it behind the operators that plans.ops defines. Nothing here
 synchronises, so calls can be captured in a CUDA graph, and the operators are opaque to
 torch.compile.
 """
@@ -227,8 +227,37 @@ def cached_head(
     return out
 
 
+def attend(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    tasks: Tensor,
+    scale: float,
+    text_tokens: int,
+    text_first: bool,
+    block: int,
+) -> list[Tensor]:
+    """plans.ops.attend in one launch: no concatenation, no split, tasks read on the device."""
+    sample = q[0]
+    if sample.dtype not in DTYPES or sample.shape[3] not in (64, 128):
+        return sdpa.attend(q, k, v, cache, tasks, scale, text_tokens, text_first, block)
+    out = [x.new_empty(x.shape[0], x.shape[1], tasks.shape[0], x.shape[3]) for x in q]
+    launch(
+        _pair(q), _pair(k), _pair(v), _pair(out), tasks, scale=scale, text_tokens=text_tokens,
+        text_first=text_first, block=block, cache=_pair(cache) if cache else None,
+    )  # fmt: skip
+    return out
+
+
+def _pair(parts: Sequence[Tensor]) -> Tokens:
+    loadable = [_loadable(x) for x in parts]
+    return loadable[0] if len(loadable) == 1 else (loadable[0], loadable[1])
+
+
 def register() -> None:
-    """Make the kernel the CUDA implementation of both operators. Loads the library."""
+    """Make the kernel the CUDA implementation of the operators. Loads the library."""
     load_library()
+    ops.attend.register_kernel("cuda")(attend)
     ops.arrow_attention.register_kernel("cuda")(arrow_attention)
     ops.cached_head.register_kernel("cuda")(cached_head)

@@ -1,0 +1,238 @@
+"""One bucket of a plan in a diffusers transformer, with all that no step changes prepared once.
+
+What plans.processors does from outside at every step is worked out here beforehand: weights of the
+computed heads alone, tasks of the kernel, and caches that hold what cached heads add to the
+output *projection*, so that at later steps they cost neither attention nor any projection. All of
+it are tensors, and blocks of one class differ in nothing else: torch.compile makes one graph for
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plans.models import AttentionModule
+from plans.plan import CacheGroup, Plan, cache_flow
+from plans.prepared_parts import (
+    QKV,
+    TEXT_QKV,
+    Contribution,
+    LinearGelu,
+    PreparedAttention,
+    SingleBlock,
+    SummedLinear,
+    columns_of,
+    rest_of,
+    rows_of,
+)
+from plans.stock import check_stock
+from plans.tiles import CACHED
+
+_ABSENT: Any = object()
+
+
+@dataclass
+class PreparedBucket:
+    """The parts of the transformer that one bucket replaces."""
+
+    replaced: list[tuple[Any, str, Any]] = field(default_factory=list)  # owner, name, part
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the transformer do what the bucket says; one bucket at a time."""
+        before = [(owner, name, _put(owner, name, part)) for owner, name, part in self.replaced]
+        try:
+            yield
+        finally:
+            for owner, name, part in before:
+                _put(owner, name, part)
+
+
+def _put(owner: nn.Module, name: str, part: Any) -> Any:
+    """Set an attribute or child past nn.Module's checks; return what was there, or _ABSENT."""
+    table: dict[str, Any] = owner._modules if name in owner._modules else owner.__dict__
+    before = table.get(name, _ABSENT)
+    if part is _ABSENT:
+        del table[name]
+    else:
+        table[name] = part
+    return before
+
+
+class PreparedPlan:
+    """All buckets of a plan over one transformer and one set of caches.
+
+    prune: leave out the projections of cached heads. If not, there is one bucket only, whose modes
+    are an input: `use` puts a bucket's modes there, and one graph serves the whole plan.
+    fuse_gelu: GELU as the epilogue of the projection before it.
+    Raises ArrowheadError, naming the module, for a transformer that is not a stock SD3 or FLUX one.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, plan: Plan, *, batch: int, prune: bool = True,
+        fuse_gelu: bool = True,
+    ) -> None:  # fmt: skip
+        self.plan = plan
+        self.prune = prune
+        self._found = check_stock(transformer, plan.modules)
+        self._blocks: dict[str, Any] = {
+            module.name: transformer.get_submodule(module.name.rpartition(".")[0])
+            for module in plan.modules
+        }
+        self._batch = batch
+        first = next(transformer.parameters())
+        self._options: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
+        self._flow = cache_flow(plan)
+        self.caches: dict[str, tuple[Tensor, ...]] = {}
+        self._allocate()
+        shared = _gelu_parts(transformer) if fuse_gelu else []
+        self._tasks: dict[str, list[Tensor]] = {}
+        if prune:
+            count = len(plan.buckets)
+            self.buckets = [PreparedBucket([*shared, *self._parts(b)]) for b in range(count)]
+        else:
+            self.buckets = [PreparedBucket([*shared, *self._universal()])] * len(plan.buckets)
+
+    def use(self, bucket: int) -> None:
+        """Put the modes of `bucket` where the one graph reads them; nothing to do if pruned."""
+        for tables in self._tasks.values():
+            tables[0].copy_(tables[1 + bucket])
+
+    def reset(self, value: float = 0.0) -> None:
+        """Overwrite all caches."""
+        for parts in self.caches.values():
+            for part in parts:
+                part.fill_(value)
+
+    def cache_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for parts in self.caches.values() for t in parts)
+
+    def _allocate(self) -> None:
+        for module in self.plan.modules:
+            layout = module.layout
+            tokens = [layout.seq_len]
+            if self._is_split(module):
+                tokens = [layout.text_tokens, layout.image_tokens]
+            shape: tuple[int, ...] = (module.heads, module.head_dim)
+            names = [module.name]
+            if self.prune:
+                shape = (module.heads * module.head_dim,)
+                names = [group.name for group in self._flow.of(module.name)]
+            for name in names:
+                self.caches[name] = tuple(
+                    torch.zeros(self._batch, n, *shape, **self._options) for n in tokens
+                )
+
+    def _is_split(self, module: AttentionModule) -> bool:
+        """Whether the module gets text and image apart: a double block, not a single one."""
+        return getattr(self._found[module.name], "add_q_proj", None) is not None
+
+    def _parts(self, bucket: int) -> Iterator[tuple[Any, str, Any]]:
+        reads, writes = self._flow.reads(bucket), self._flow.writes(bucket)
+        for module in self.plan.modules:
+            modes = self.plan.buckets[bucket].modes[module.name]
+            heads = tuple(head for head, mode in enumerate(modes) if mode != CACHED)
+            tasks = [(modes[head], i, -1) for i, head in enumerate(heads)]
+            read = [group for group in reads if group.module == module.name]
+            written = [group for group in writes if group.module == module.name]
+            yield from self._module_parts(module, heads, self._tensor(tasks), read, written)
+
+    def _universal(self) -> Iterator[tuple[Any, str, Any]]:
+        for module in self.plan.modules:
+            rows = [
+                self._tensor([(mode, head, -1) for head, mode in enumerate(b.modes[module.name])])
+                for b in self.plan.buckets
+            ]
+            self._tasks[module.name] = [rows[0].clone(), *rows]
+            heads = tuple(range(module.heads))
+            yield from self._module_parts(module, heads, self._tasks[module.name][0], [], [])
+
+    def _module_parts(
+        self,
+        module: AttentionModule,
+        heads: tuple[int, ...],
+        tasks: Tensor,
+        read: Sequence[CacheGroup],
+        written: Sequence[CacheGroup],
+    ) -> Iterator[tuple[Any, str, Any]]:
+        attn, block = self._found[module.name], self._blocks[module.name]
+        split, dim = self._is_split(module), module.head_dim
+        single = bool(getattr(attn, "pre_only", False))
+        layers: list[nn.Linear | None] = [block.proj_out] if single else _output_layers(attn, split)
+        kept = [self.caches[group.name] for group in read]
+        summed = [
+            None
+            if layer is None
+            else SummedLinear(
+                columns_of(layer, heads, dim, bias=not single), [cache[i] for cache in kept]
+            )
+            for i, layer in enumerate(layers)
+        ]
+        yield (
+            attn,
+            "processor",
+            PreparedAttention(
+                qkv=tuple(rows_of(getattr(attn, n), heads, dim) for n in QKV),
+                text_qkv=tuple(
+                    rows_of(getattr(attn, n), heads, dim) for n in (TEXT_QKV if split else ())
+                ),
+                tasks=tasks,
+                writes=tuple(self._contribution(module, layers, heads, g) for g in written),
+                outputs=() if single else tuple(summed),
+                text_tokens=module.layout.text_tokens,
+                text_first=module.layout.text_first,
+                block=module.layout.block,
+                head_dim=dim,
+                heads=len(heads),
+                cache=() if self.prune else self.caches[module.name],
+            ),
+        )
+        if single and summed[0] is not None:
+            rest = rest_of(block.proj_out, module.heads * dim)
+            yield block, "forward", SingleBlock(block, summed[0], rest)
+
+    def _contribution(
+        self,
+        module: AttentionModule,
+        layers: Sequence[nn.Linear | None],
+        heads: tuple[int, ...],
+        group: CacheGroup,
+    ) -> Contribution:
+        columns = tuple(
+            None if layer is None else columns_of(layer, group.heads, module.head_dim, bias=False)
+            for layer in layers
+        )
+        place = torch.tensor([heads.index(h) for h in group.heads], device=self._options["device"])
+        return Contribution(columns, place, self.caches[group.name])
+
+    def _tensor(self, tasks: Sequence[tuple[int, int, int]]) -> Tensor:
+        device = self._options["device"]
+        return torch.tensor(tasks, dtype=torch.int32, device=device).reshape(-1, 3)
+
+
+def _output_layers(attn: Any, split: bool) -> list[nn.Linear | None]:
+    """Give the projections of [text, image], or of image alone."""
+    image = attn.to_out[0]
+    if not split:
+        return [image]
+    return [None if attn.context_pre_only else attn.to_add_out, image]
+
+
+def _gelu_parts(transformer: Any) -> list[tuple[Any, str, Any]]:
+    """Put LinearGelu in the place of every projection that a tanh GELU follows."""
+    parts: list[tuple[Any, str, Any]] = []
+    for module in transformer.modules():
+        first: Any = getattr(getattr(module, "net", None), "0", None)  # FeedForward
+        if type(first).__name__ == "GELU" and getattr(first, "approximate", "") == "tanh":
+            if first.proj.bias is not None:
+                parts.append((module.net, "0", LinearGelu(first.proj)))
+        elif hasattr(module, "proj_mlp") and isinstance(getattr(module, "act_mlp", None), nn.GELU):
+            parts.append((module, "proj_mlp", LinearGelu(module.proj_mlp)))
+            parts.append((module, "act_mlp", nn.Identity()))
+    return parts

@@ -1,0 +1,287 @@
+"""Time single transformer steps of real architectures: PyTorch as it is, and under plans.
+
+Every row is measured against all baselines in rotated rounds of one run, on one set of random
+weights. A picture is its steps: text encoders and VAE are not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plans.architectures import Architecture
+from plans.errors import ArrowheadError
+from plans.plan import Plan, dense_plan
+from plans.synthetic import Mix, synthetic_plan
+from trt_runtime.doctor import device_name, git_commit, versions
+from trt_runtime.random_models import random_inputs, random_transformer
+from trt_runtime.step_profile import step_classes
+from trt_runtime.step_runners import (
+    BACKENDS,
+    BASELINES,
+    EAGER,
+    PICTURE_STEPS,
+    Runner,
+    Settings,
+    cudnn_attention,
+    seconds_of_picture,
+    time_rounds,
+)
+from trt_runtime.torch_compiled import BLOCKS, CompiledPlan
+
+DENSE = "dense"
+_WARMUP = 2
+
+Row = dict[str, Any]
+
+
+class Workbench:
+    """One architecture at one size: weights, inputs and the baselines, compiled once."""
+
+    def __init__(
+        self, architecture: Architecture, settings: Settings, log: Callable[[str], None]
+    ) -> None:
+        self.architecture, self.settings, self.log = architecture, settings, log
+        self._any_plan = self.plan(None)
+        where: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
+        self.model = random_transformer(architecture, **where)
+        self.inputs = random_inputs(architecture, self._any_plan, **where)
+        self._stock: dict[int, Callable[..., Any]] = {}
+        self.on_gpu = settings.device.startswith("cuda")
+        self.failures: list[dict[str, str]] = []
+        self.baselines: list[Runner] = []
+        for name in settings.baselines:
+            with self.noting(name):
+                self.baselines.append(self._prepare(self._baseline(name)))
+        # Eager is too slow to wait for in every row; it takes its turn among the baselines.
+        self._beside = [r for r in self.baselines if r.name != EAGER] or self.baselines
+        self._baseline_ms: dict[str, float] = {}
+        self._full_ms: dict[str, float] = {}
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Note a failure of what is inside and go on: what was measured must not be lost."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append({"row": what, "error": f"{type(error).__name__}: {error}"[:2000]})
+            self.log(f"{what}: failed: {str(error)[:300]}")
+
+    def plan(self, mix: Mix | None) -> Plan:
+        """Step 0 full, the others the mix; without one every step is full."""
+        spec_heads = self.architecture.config["num_attention_heads"]
+        settings = self.settings
+        plan = synthetic_plan(
+            self.architecture, [mix or Mix(spec_heads, 0, 0, 0)], height=settings.height,
+            width=settings.width, block=settings.block,
+        )  # fmt: skip
+        return plan if mix is not None else dense_plan(plan)
+
+    def row(self, backend: str, mix: Mix | None) -> Row:
+        """Measure one backend under one mix, the baselines beside it."""
+        compiled = CompiledPlan(
+            self.model, self.plan(mix), batch=self.architecture.rows, **BACKENDS[backend]
+        )
+        try:
+            for parts in compiled.prepared.caches.values():
+                for part in parts:
+                    part.normal_()
+            return self._row(backend, mix, compiled)
+        finally:
+            compiled.close()
+            del compiled
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+
+    def _row(self, backend: str, mix: Mix | None, compiled: CompiledPlan) -> Row:
+        settings = self.settings
+        bucket = 0 if mix is None else 1
+        ours = self._prepare(self._planned(backend, compiled, bucket))
+        runners = [*self._beside, ours]
+        full = None
+        if mix is not None and settings.full_step and backend not in self._full_ms:
+            full = self._prepare(self._planned(f"{backend}, full step", compiled, 0))
+            runners.append(full)
+        times = time_rounds([r.run for r in runners], settings, self.on_gpu)
+        medians = {r.name: statistics.median(t) for r, t in zip(runners, times, strict=True)}
+        if full is not None:
+            self._full_ms[backend] = medians[full.name]
+        elif mix is None:
+            self._full_ms.setdefault(backend, medians[backend])
+        row = self._describe(backend, mix, compiled) | {
+            "ms": medians[backend],
+            "samples_ms": times[len(self._beside)],
+            "baselines_ms": self._baseline_ms | {r.name: medians[r.name] for r in self._beside},
+            "full_step_ms": self._full_ms.get(backend),
+            "prepare_seconds": ours.prepare_seconds,
+            "host_ms": ours.host_ms,
+            "peak_bytes": ours.peak_bytes,
+            "finite": ours.finite,
+        }
+        row["picture_seconds"] = {
+            str(n): seconds_of_picture(n, row["ms"], row["full_step_ms"]) for n in PICTURE_STEPS
+        }
+        if settings.loop and mix is not None:
+            row["loop_seconds"] = self._loop(compiled)
+        self._profile(ours, row)
+        return row
+
+    def _profile(self, runner: Runner, row: Row) -> None:
+        if self.settings.profile:
+            with self.noting(f"profile of {runner.name}"):
+                row["classes_ms"] = step_classes(runner.uncaptured, self.architecture, row["ms"])
+
+    def baseline_rows(self) -> list[Row]:
+        """What only the baselines have: memory, preparation, and where their time goes."""
+        rows = []
+        times = time_rounds([r.run for r in self.baselines], self.settings, self.on_gpu)
+        for runner, samples in zip(self.baselines, times, strict=True):
+            self._baseline_ms[runner.name] = statistics.median(samples)
+            row: Row = self._describe(runner.name, None, None) | {
+                "ms": self._baseline_ms[runner.name],
+                "samples_ms": samples,
+                "prepare_seconds": runner.prepare_seconds,
+                "host_ms": runner.host_ms,
+                "peak_bytes": runner.peak_bytes,
+                "finite": runner.finite,
+            }
+            self._profile(runner, row)
+            self.log(f"{runner.name}: {row['ms']:.1f} ms")
+            rows.append(row)
+        return rows
+
+    def _describe(self, backend: str, mix: Mix | None, compiled: CompiledPlan | None) -> Row:
+        layout = self._any_plan.modules[0].layout
+        return {
+            "architecture": self.architecture.name,
+            "height": self.settings.height,
+            "width": self.settings.width,
+            "rows": self.architecture.rows,
+            "backend": backend,
+            "mix": DENSE if mix is None else mix.code,
+            "share_saved": 0.0 if mix is None else mix.share_saved(layout),
+            "cache_bytes": 0 if compiled is None else compiled.prepared.cache_bytes(),
+            "attention": "PyTorch" if compiled is None else compiled.attention,
+        }
+
+    def _loop(self, compiled: CompiledPlan) -> float:
+        """Seconds of all steps of the plan in their order, the full step first."""
+        compiled.prepared.reset()
+        compiled.step(0, self.inputs)
+        self._synchronise()
+        begin = time.perf_counter()
+        for step in range(compiled.plan.steps):
+            compiled.step(step, self.inputs)
+        self._synchronise()
+        return time.perf_counter() - begin
+
+    def _baseline(self, name: str) -> Runner:
+        forward: Callable[..., Any] = self.model.forward
+        scope: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        if name == "torch.compile":
+            forward = torch.compile(forward, dynamic=False)
+        elif name == "torch.compile-max-autotune":
+            forward = torch.compile(forward, dynamic=False, mode="max-autotune")
+        elif name == "torch.compile-blocks":
+            scope = self._compiled_blocks
+        elif name != EAGER:
+            raise ArrowheadError(
+                "baseline", got=name, expected=f"one of {', '.join(BASELINES)}", fix="pass those"
+            )
+
+        def run() -> Tensor:
+            with torch.no_grad(), cudnn_attention(self.on_gpu), scope():
+                return forward(**self.inputs, return_dict=False)[0]
+
+        return Runner(name, run, run)
+
+    @contextmanager
+    def _compiled_blocks(self) -> Iterator[None]:
+        blocks = [m for m in self.model.modules() if type(m).__name__ in BLOCKS]
+        for block in blocks:
+            if id(block) not in self._stock:
+                self._stock[id(block)] = torch.compile(block._call_impl, dynamic=False)
+            block.__dict__["_compiled_call_impl"] = self._stock[id(block)]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("_compiled_call_impl", None)
+
+    def _planned(self, name: str, compiled: CompiledPlan, bucket: int) -> Runner:
+        def uncaptured() -> Tensor:
+            compiled.prepared.use(bucket)
+            with compiled.installed(bucket):
+                return compiled.call(bucket, self.inputs)
+
+        return Runner(name, lambda: compiled.run(bucket, self.inputs), uncaptured)
+
+    def _prepare(self, runner: Runner) -> Runner:
+        """Compile, capture and warm up; note memory, and the time the host spends on a step."""
+        begin = time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(_WARMUP):
+            sample = runner.run()
+        self._synchronise()
+        runner.prepare_seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        runner.run()
+        runner.host_ms = 1000 * (time.perf_counter() - begin)
+        self._synchronise()
+        runner.finite = bool(torch.isfinite(sample).all())
+        if self.on_gpu:
+            runner.peak_bytes = torch.cuda.max_memory_allocated()
+        self.log(f"{runner.name}: ready after {runner.prepare_seconds:.0f} s")
+        return runner
+
+    def _synchronise(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def measure_steps(
+    architecture: Architecture,
+    rows: Sequence[tuple[str, Mix | None]],
+    settings: Settings,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    row_done: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
+    """Measure rows of a backend and a mix (None: all full) in the order given.
+
+    row_done gets the report after each row, so that a run that is cut off leaves what it has. A
+    row that fails says so in the report, and the next one runs.
+    """
+    torch._dynamo.reset()
+    bench = Workbench(architecture, settings, log)
+    report: dict[str, Any] = {
+        "device": device_name(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "weights": "random: no structure, so no statement about quality",
+        "picture": "steps x step, without text encoders and VAE",
+        "baseline_attention": "cuDNN" if bench.on_gpu else "SDPA",
+        "rounds": settings.rounds,
+        "repeats": settings.repeats,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "baselines": bench.baseline_rows(),
+        "rows": [],
+        "failures": bench.failures,
+    }
+    row_done(report)
+    for backend, mix in rows:
+        what = f"{backend}, {DENSE if mix is None else mix.code}"
+        with bench.noting(what):
+            report["rows"].append(bench.row(backend, mix))
+            log(f"{what}: {report['rows'][-1]['ms']:.1f} ms")
+        row_done(report)
+    return report
