@@ -2,8 +2,8 @@
 
 The error of a cached head grows with its age, so what a bucket may cache depends on when the
 schedule last refreshed it: given a schedule, the ages are known, heads are independent but for
-their module's sum, and the best modes follow at once. Schedules are found by local search on an estimate
-(plans.estimate), and judged with the modules' sums.
+their module's sum, and the best modes follow at once. Schedules are found by local search on an
+estimate (plans.estimate), and judged with the modules' sums.
 """
 
 from __future__ import annotations
@@ -300,4 +300,3 @@ class _Judge:
         """Return each step's and module's sum of errors, [N, modules]."""
         chosen = errors[picked, :, np.arange(len(picked))]
         return np.add.reduceat(chosen, self._starts, axis=0).T
-

@@ -69,7 +69,7 @@ class Recorder:
     def moments(self) -> dict[str, Floats]:
         """Return what a finished run showed: "mean" and "spread" [N, R], "squared" [N, R, W + A].
 
-        Arrays of this kind of several runs, saved and loaded, make one table (see `tables`).
+        With "pictures", how many were drawn, those of several runs make one table (`tables`).
         """
         rows = [[self._columns(step, module) for module in self.modules] for step in
                 range(len(self._moments))]  # fmt: skip
@@ -89,7 +89,7 @@ class Recorder:
         return torch.stack([found.mean, found.spread, *arrows, *cached])
 
     def tables(self, runs: Sequence[Mapping[str, Floats]], savings: Savings) -> HeadTables:
-        """Return the errors that runs of equally many rows show together, and what modes save."""
+        """Return the errors that runs show together, and what modes save."""
         errors = pooled_errors(runs)
         rows = [head for module in self.modules for head in savings[module.name]]
         arrow = [[head.get(window, 0.0) for window in self.windows] for head in rows]
@@ -104,13 +104,18 @@ class Recorder:
 
 
 def pooled_errors(runs: Sequence[Mapping[str, Floats]]) -> Floats:
-    """Return relative squared errors [N, R, C] over the rows of all runs.
+    """Return relative squared errors [N, R, C] over the pictures of all runs.
 
     The spread about the common mean is that about each run's own, and that of the means.
     """
-    means = np.stack([run["mean"] for run in runs])
-    spread = np.mean([run["spread"] for run in runs], axis=0) + means.var(axis=0)
-    squared = np.mean([run["squared"] for run in runs], axis=0)
+    share = np.array([float(run["pictures"]) for run in runs])
+    share /= share.sum()
+    mean, spread, squared = (
+        sum(part * run[name] for part, run in zip(share, runs, strict=True))
+        for name in ("mean", "spread", "squared")
+    )
+    for part, run in zip(share, runs, strict=True):
+        spread = spread + part * (run["mean"] - mean) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.where(squared == 0, 0.0, squared / spread[:, :, None])
     return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)

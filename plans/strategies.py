@@ -82,7 +82,9 @@ class ChooseHeads(_Heads):
         cap_factor: float,
         image_tokens: int = SAMPLE_TOKENS,
     ) -> None:
-        super().__init__(modules, frozenset(n for n, modes in candidates.items() if CACHED in modes))
+        super().__init__(
+            modules, frozenset(n for n, modes in candidates.items() if CACHED in modes)
+        )
         self.modes: list[dict[str, tuple[int, ...]]] = []
         self._candidates = candidates
         self._savings = savings

@@ -21,10 +21,8 @@ from plans.errors import ArrowheadError
 from plans.models import AttentionModule
 from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
 from plans.processors import BucketHeads, install
-from plans.reference import arrow_attention
-from plans.scores import counted, head_outputs, relative_squared_errors, sample_rows
+from plans.scores import counted, relative_squared_errors
 from plans.search import measure, search_plan
-from plans.strategies import Recorder
 from plans.tiles import CACHED, FULL, TokenLayout
 from tests.tiny import (
     BLOCK,
@@ -210,22 +208,6 @@ def test_raise_offenders_goes_by_the_ladder() -> None:
     assert raised.buckets[1].modes[module.name] == (1, 0, 1, CACHED)
 
 
-@pytest.mark.parametrize("text_first", [False, True])
-@pytest.mark.parametrize("text_tokens", [0, 7])
-@pytest.mark.parametrize("block", [1, 16, 128])
-def test_head_outputs_match_the_reference(text_first: bool, text_tokens: int, block: int) -> None:
-    layout = TokenLayout(300, text_tokens, text_first, block)
-    module = AttentionModule("attn", 3, 8, layout, True)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, layout.seq_len, 3, 8, generator=generator) for _ in range(3))
-    full, arrows = head_outputs(module, q, k, v, {1: [0, 1, 2], 0: [0, 2]})
-    shape = dict(scale=8**-0.5, text_tokens=text_tokens, text_first=text_first, block=block)
-    for half_window, output, heads in ((FULL, full, [0, 1, 2]), (1, arrows[1], [0, 1, 2]),
-                                       (0, arrows[0], [0, 2])):  # fmt: skip
-        expected = arrow_attention(q, k, v, half_windows=[half_window] * 3, **shape)
-        torch.testing.assert_close(output, expected[:, :, heads], atol=2e-6, rtol=1e-5)
-
-
 def test_errors_leave_discarded_text_out() -> None:
     layout = TokenLayout(6, 2, True, 2)
     full = torch.randn(1, 8, 2, 4)
@@ -240,51 +222,6 @@ def test_errors_leave_discarded_text_out() -> None:
     assert errors(False) == [0.0, 0.0]
     off[0, 5, 1, 0] = torch.nan
     assert errors(False) == [0.0, torch.inf]
-
-
-@pytest.mark.parametrize("text_first", [False, True])
-@pytest.mark.parametrize("text_output", [False, True])
-def test_records_are_the_errors_of_all_rows_where_they_fit(
-    text_first: bool, text_output: bool
-) -> None:
-    layout = TokenLayout(300, 7, text_first, 16)
-    module = AttentionModule("attn", 3, 8, layout, text_output)
-    recorder = Recorder([module], {"attn": (0, 2, CACHED)}, steps=4, ages=2)
-    generator = torch.Generator().manual_seed(0)
-    outputs = []
-    for step in range(4):
-        q, k, v = (torch.randn(2, layout.seq_len, 3, 8, generator=generator) for _ in range(3))
-        full, arrows = head_outputs(module, q, k, v, {0: range(3), 2: range(3)})
-        recorder.note(step, module, q, k, v, full)
-        outputs.append((counted(module, full), [counted(module, arrows[w]) for w in (0, 2)]))
-    tables = recorder.tables()
-    assert tables.windows == (0, 2) and tables.heads == (3,)
-    for step, (full, arrows_seen) in enumerate(outputs):
-        for column, arrow in enumerate(arrows_seen):
-            want = relative_squared_errors(arrow, full)
-            torch.testing.assert_close(torch.tensor(tables.arrow[step, :, column]).float(), want)
-        for age in (1, 2):
-            got = torch.tensor(tables.cached[step, :, age - 1]).float()
-            want = torch.full((3,), torch.inf)
-            if age <= step:
-                want = relative_squared_errors(outputs[step - age][0], full)
-            torch.testing.assert_close(got, want)
-
-
-def test_a_sample_of_rows_tells_the_error_of_all() -> None:
-    layout = TokenLayout(4096, 33, False, 64)
-    module = AttentionModule("attn", 2, 16, layout, True)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, layout.seq_len, 2, 16, generator=generator) for _ in range(3))
-    full, arrows = head_outputs(module, q, k, v, {3: range(2)})
-    sample = sample_rows(module, 1024, full.device)
-    assert len(sample.rows) == 33 + 1024 and sample.weights.sum() == layout.seq_len
-    seen = full[:, sample.rows]
-    arrow = sample.arrow(q, k, v, seen, 3)
-    torch.testing.assert_close(arrow, arrows[3][:, sample.rows])
-    want = relative_squared_errors(arrows[3], full)
-    got = relative_squared_errors(arrow, seen, sample.weights)
-    torch.testing.assert_close(got, want, rtol=0.1, atol=0)
 
 
 def test_as_many_buckets_as_steps_are_chosen_step_by_step() -> None:
