@@ -9,60 +9,19 @@ estimate (plans.estimate), and judged with the modules' sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plans.errors import ArrowheadError
 from plans.estimate import Estimate, ages, subsets
 from plans.schedules import Progress, Schedule, climb, search_schedule
+from plans.tables import Floats, HeadTables, Ints
 from plans.tiles import CACHED, FULL
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _FEW_ROWS = 192  # heads up to which a schedule is improved on by what it saves exactly
 _PRICE_STEPS = 16  # iterations that find what error costs in a module over its bound
-
-
-@dataclass(frozen=True)
-class HeadTables:
-    """What each mode of each head would err and save; R heads, module by module.
-
-    arrow: [N, R, W] errors of W half windows, ascending in blocks; cached: [N, R, A] errors of the
-    full output of 1..A steps before; infinite where there is none. arrow_saving: [R, W] and
-    cached_saving: [R], query/key pairs a step. A step that reads a cache errs by the cache's age
-    and by the arrow it was computed with, as if the two were uncorrelated; times drift, [N, R],
-    how much more it turned out to be.
-    """
-
-    heads: tuple[int, ...]  # of each module
-    windows: tuple[int, ...]
-    arrow: Floats
-    cached: Floats
-    arrow_saving: Floats
-    cached_saving: Floats
-    drift: Floats = field(default_factory=lambda: np.ones((1, 1)))
-
-    @property
-    def steps(self) -> int:
-        return self.arrow.shape[0]
-
-    @property
-    def starts(self) -> Ints:
-        """First row of each module."""
-        return np.cumsum([0, *self.heads[:-1]])
-
-    def corrected(self, choice: Choice, measured: Floats) -> HeadTables:
-        """Learn from a run of the choice by which factor its caches err more, or less; [N, R]."""
-        modes = choice.modes[list(choice.schedule)]
-        predicted = _Judge(self, 1.0, 1.0).errors_of(choice)
-        ratio = np.ones_like(measured)
-        known = (modes == CACHED) & (predicted > 0) & np.isfinite(predicted)
-        np.divide(measured, predicted, out=ratio, where=known)
-        return replace(self, drift=ratio)
 
 
 class Choice(NamedTuple):
@@ -121,6 +80,16 @@ def _candidates(
         else:
             found.append(climb(estimate.saving, tuple(start), buckets))
     return found
+
+
+def corrected(tables: HeadTables, choice: Choice, measured: Floats) -> HeadTables:
+    """Learn from a run of the choice by which factor its caches err more, or less; [N, R]."""
+    modes = choice.modes[list(choice.schedule)]
+    predicted = _Judge(tables, 1.0, 1.0).errors_of(choice)
+    ratio = np.ones_like(measured)
+    known = (modes == CACHED) & (predicted > 0) & np.isfinite(predicted)
+    np.divide(measured, predicted, out=ratio, where=known)
+    return replace(tables, drift=ratio)
 
 
 def _caps(heads: Sequence[int], delta: float, factor: float) -> Floats:

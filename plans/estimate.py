@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from plans.buckets import HeadTables
+from plans.tables import HeadTables, Ints
 
 Bits = NDArray[np.uint64]  # one bit a head along the last axis
-Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 

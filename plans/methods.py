@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plans.bounds import Bounds, raise_offenders
-from plans.buckets import Choice, HeadTables, choose_buckets
+from plans.buckets import Choice, choose_buckets, corrected
 from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort, search_memory
 from plans.plan import Bucket, Plan
@@ -17,6 +17,7 @@ from plans.prices import Prices
 from plans.recorder import Savings, head_savings, pairs_saved, pooled_errors
 from plans.runs import Moments, Progress, Runs, Scratch
 from plans.strategies import ChooseHeads, HeadErrors, errors_by_module
+from plans.tables import HeadTables
 from plans.tiles import FULL, kept_pairs
 
 _AIM = 0.95  # of the bound, to the power of the attempts
@@ -139,7 +140,7 @@ class Search:
                 keep_tables(tables)
             if choice is not None:
                 own = recorder.tables([run.recorded], self._savings)
-                tables = replace(tables, drift=own.corrected(choice, measured).drift)
+                tables = replace(tables, drift=corrected(own, choice, measured).drift)
             choice = self._choose(tables, broken, max_buckets, choice)
             plan = _plan_of(self._bare, choice)
         if self._effort.final_check:

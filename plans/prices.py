@@ -34,11 +34,11 @@ class Shape:
 class Price:
     """Milliseconds of one head of a module: mode -> attention, and its part of the projections.
 
-    Every mode but CACHED pays the projection. base: of a launch, whatever its heads do.
+    Every mode but CACHED pays the projection. What a launch costs whatever its heads do is in all
+    modes alike.
     """
 
     shape: Shape
-    base: float
     attention: Mapping[int, float]
     projection: float
 
@@ -96,16 +96,17 @@ def shape_of(module: AttentionModule, rows: int) -> Shape:
 
 
 def fit(
-    mixes: Sequence[Mapping[int, int]], times: Sequence[float]
-) -> tuple[float, dict[int, float]]:
-    """Fit time = base + sum over modes of heads x price, least squares of relative residuals.
+    mixes: Sequence[Mapping[int, int]], times: Sequence[float], constant: bool = False
+) -> dict[int, float]:
+    """Fit time = sum over modes of heads x price, by least squares of relative residuals.
 
-    mixes: mode -> heads. Negative prices are taken as 0. Returns base and prices.
+    mixes: mode -> heads. constant: let a part of the time be the same in all mixes, which takes
+    mixes of different numbers of heads. Negative prices are taken as 0.
     """
     import numpy as np
 
     modes = sorted({mode for mix in mixes for mode in mix})
-    rows = np.array([[1.0, *(mix.get(mode, 0) for mode in modes)] for mix in mixes])
+    rows = np.array([[*(mix.get(mode, 0) for mode in modes), float(constant)] for mix in mixes])
     if len(mixes) != len(times) or not all(t > 0 and math.isfinite(t) for t in times):
         raise ArrowheadError(
             "times of the mixes", got=list(times), expected=f"{len(mixes)} positive numbers",
@@ -113,8 +114,16 @@ def fit(
         )  # fmt: skip
     scale = 1 / np.array(times)
     solution = np.linalg.lstsq(rows * scale[:, None], np.ones(len(times)), rcond=None)[0]
-    base, *found = (max(0.0, float(x)) for x in solution)
-    return base, dict(zip(modes, found, strict=True))
+    return {mode: max(0.0, float(x)) for mode, x in zip(modes, solution[:-1], strict=True)}
+
+
+def merged(old: Prices, new: Prices) -> Prices:
+    """Add prices to those of the same device and kernels; new ones take the place of old ones."""
+    if (old.device, old.kernel) != (new.device, new.kernel):
+        return new
+    fresh = {price.shape for price in new.prices}
+    kept = tuple(price for price in old.prices if price.shape not in fresh)
+    return Prices(new.device, new.kernel, kept + new.prices)
 
 
 def save_prices(prices: Prices, path: Path) -> None:
@@ -122,7 +131,6 @@ def save_prices(prices: Prices, path: Path) -> None:
     rows = [
         {
             **asdict(p.shape),
-            "base_ms": p.base,
             "projection_ms": p.projection,
             "attention_ms": {str(mode): ms for mode, ms in sorted(p.attention.items())},
         }
@@ -146,7 +154,7 @@ def _prices(rows: Iterable[Mapping[str, Any]]) -> Iterable[Price]:
     for row in rows:
         shape = Shape(**{name: row[name] for name in Shape.__dataclass_fields__})
         attention = {int(mode): float(ms) for mode, ms in row["attention_ms"].items()}
-        yield Price(shape, float(row["base_ms"]), attention, float(row["projection_ms"]))
+        yield Price(shape, attention, float(row["projection_ms"]))
 
 
 def _text(shape: Shape) -> str:

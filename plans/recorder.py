@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plans.buckets import HeadTables
 from plans.models import AttentionModule
 from plans.sample import SAMPLE_TOKENS, Sample, sample_of
 from plans.scores import Moments, moments
+from plans.tables import HeadTables
 from plans.tiles import CACHED, FULL, kept_pairs
 
 Floats = NDArray[np.float64]

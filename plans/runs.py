@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class Scratch:
             return compute()
         key = f"{plan.sha256}{stage}{group}".encode()
         path = self.folder / f"{self._runs:03d}-{hashlib.sha256(key).hexdigest()[:16]}.npz"
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
             with np.load(path) as arrays:
                 run = _unflatten(dict(arrays))
             self.resumed += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from plans.accounting import account
 from plans.bounds import Bounds
-from plans.buckets import HeadTables, check_bucket_limit
+from plans.buckets import check_bucket_limit
 from plans.denoising import Denoising, Prompts, dense_plan_of
 from plans.effort import BY_SIZE, Effort, Wanted, check_memory, effort_for, memory_text
 from plans.errors import ArrowheadError
@@ -21,6 +21,7 @@ from plans.plan import Plan
 from plans.prices import Prices
 from plans.runs import Progress, Runs, Scratch, fingerprint
 from plans.strategies import HeadErrors, errors_by_module
+from plans.tables import HeadTables
 from plans.tiles import CACHED, candidate_half_windows
 
 CANDIDATES = ("arrow", "cache")

@@ -83,7 +83,9 @@ def test_a_gpu_that_is_not_there_is_refused(
 
 def test_every_verb_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = ["export", "build", "run", "bench", "verify", "inspect", "doctor"]
-    actions = [["plan", a] for a in ("search", "show", "diff", "edit", "import", "check")]
+    actions = [
+        ["plan", a] for a in ("search", "buckets", "show", "diff", "edit", "import", "check")
+    ]
     for words in [[verb] for verb in verbs] + actions:
         with pytest.raises(SystemExit):
             parser().parse_args([*words, "--help"])
