@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,24 +99,31 @@ def search_memory(
         caches = CACHED in candidates[module.name]
         sample = sample_of(module, torch.device("cpu"), windows, sample_tokens)
         sampled = rows * len(sample.rows) * width
-        kinds = len(windows) + (ages if caches else 0)
-        samples += kinds * sampled * item
+        kept = ages if caches else 0
+        samples += kept * sampled * item
         whole = rows * module.layout.seq_len * width * item
         outputs += whole if caches else 0
         keys = max((band.keys.numel() for band in sample.bands), default=0)
         # A FLUX single block holds some 24 tensors of the width of the model at its widest.
-        working = max(
-            working, 24 * whole + 2 * rows * keys * width * item + 4 * (kinds + 2) * sampled
-        )
+        differences = (4 * max(kept, len(windows)) + 12) * sampled
+        near = 2 * rows * keys * width * item
+        working = max(working, 24 * whole + near + differences)
     return {"samples": samples, "outputs": outputs, "working": working}
 
 
-def check_memory(needed: Mapping[str, int], transformer: Any) -> None:
-    """Raise ArrowheadError where the transformer's GPU has less memory free than the search takes.
+def check_memory(
+    needed: Mapping[str, int], pipe: Any, announce: Callable[[str], None] | None = None
+) -> None:
+    """Say what a search needs; raise ArrowheadError where the pipeline's GPU has less free.
 
-    Weights that are not on the GPU yet (model offload) come on top.
+    Weights that a model offload moves there come on top; of a sequential one they are few.
     """
-    device = torch.device(transformer.device)
+    device = torch.device(getattr(pipe, "_execution_device", pipe.transformer.device))
+    weights = list(pipe.transformer.parameters())
+    if device.type == "cuda" and weights[0].device.type == "cpu":
+        needed = {**needed, "weights": sum(x.numel() * x.element_size() for x in weights)}
+    if announce is not None:
+        announce(memory_text(needed))
     if device.type != "cuda" or not torch.cuda.is_available():
         return
     free, _ = torch.cuda.mem_get_info(device)

@@ -30,6 +30,12 @@ class Found(NamedTuple):
     errors: HeadErrors
     basis: dict[str, Any]
 
+    def record(self) -> dict[str, Any]:
+        """Say in JSON what the errors are, summed over the heads of each step and module."""
+        names = [module.name for module in self.plan.modules]
+        sums = {n: [float(f"{sum(row[n]):.6g}") for row in self.errors] for n in names}
+        return {**self.basis, "errors": sums}
+
 
 class Search:
     """One search: what is asked, what its runs need, and the two methods."""
@@ -136,7 +142,7 @@ class Search:
                 break
             broken += turn > 0 and not kept
             tables = recorder.tables(list(recorded.values()), self._savings)
-            if keep_tables is not None:
+            if keep_tables is not None and turn < groups:
                 keep_tables(tables)
             if choice is not None:
                 own = recorder.tables([run.recorded], self._savings)

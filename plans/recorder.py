@@ -41,7 +41,7 @@ class Recorder:
             name: tuple(w for w in self.windows if w in modes) for name, modes in candidates.items()
         }
         self._tokens = image_tokens
-        self._past: dict[str, Tensor] = {}  # [W + ages, B, rows, H, D]: a ring after the arrows
+        self._past: dict[str, Tensor] = {}  # [ages, B, rows, H, D], a ring
         self._moments: list[dict[str, Moments]] = [{} for _ in range(steps)]
 
     def sample(self, module: AttentionModule, device: torch.device) -> Sample:
@@ -52,19 +52,17 @@ class Recorder:
         self, step: int, module: AttentionModule, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
     ) -> None:
         """Take down a module's errors at a step; seen: full attention on the sample."""
-        windows = len(self._own[module.name])
-        candidates = self._past.get(module.name)
-        if candidates is None or candidates.shape[1:] != seen.shape:
+        sample = self.sample(module, q.device)
+        past = self._past.get(module.name)
+        if past is None:
             # Never written, a place of the ring errs by infinity.
-            candidates = seen.new_full((windows + self.ages, *seen.shape), torch.inf)
-            self._past[module.name] = candidates
-        self.sample(module, q.device).arrows(q, k, v, seen, candidates[:windows])
-        if step == 0:
-            candidates[windows:].fill_(torch.inf)
-        weights = self.sample(module, q.device).weights
-        self._moments[step][module.name] = moments(candidates, seen, weights)
+            past = seen.new_full((self.ages, *seen.shape), torch.inf)
+            self._past[module.name] = past
+        arrows = seen.new_empty(len(self._own[module.name]), *seen.shape)
+        sample.arrows(q, k, v, seen, arrows)
+        self._moments[step][module.name] = moments([arrows, past], seen, sample.weights)
         if self.ages:
-            candidates[windows + step % self.ages] = seen
+            past[step % self.ages] = seen
 
     def moments(self) -> dict[str, Floats]:
         """Return what a finished run showed: "mean" and "spread" [N, R], "squared" [N, R, W + A].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,8 @@ class Moments(NamedTuple):
         return torch.nan_to_num(errors, nan=torch.inf)
 
 
-def moments(candidates: Tensor, full: Tensor, weights: Tensor | None = None) -> Moments:
-    """Compare candidates [C, B, rows, H, D] with the full output [B, rows, H, D].
+def moments(candidates: Sequence[Tensor], full: Tensor, weights: Tensor | None = None) -> Moments:
+    """Compare candidates, some [C, B, rows, H, D], with the full output [B, rows, H, D].
 
     weights: [rows], how many rows each stands for.
     """
@@ -68,7 +69,8 @@ def moments(candidates: Tensor, full: Tensor, weights: Tensor | None = None) -> 
     return Moments(
         mean,
         share @ _squares(full - mean[:, None]),
-        share @ _squares(candidates - full),  # one pass: the difference is fp32 as it is written
+        # One pass: the difference is fp32 as it is written.
+        torch.cat([share @ _squares(some - full) for some in candidates]),
     )
 
 
@@ -81,7 +83,7 @@ def relative_squared_errors(
     approximate: Tensor, full: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     """Return per head how far an output is from the full one, both [B, rows, H, D]: [H] in fp32."""
-    return moments(approximate[None], full, weights).errors()[0]
+    return moments([approximate[None]], full, weights).errors()[0]
 
 
 def counted(module: AttentionModule, output: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from plans.accounting import account
 from plans.bounds import Bounds
 from plans.buckets import check_bucket_limit
 from plans.denoising import Denoising, Prompts, dense_plan_of
-from plans.effort import BY_SIZE, Effort, Wanted, check_memory, effort_for, memory_text
+from plans.effort import BY_SIZE, Effort, Wanted, check_memory, effort_for
 from plans.errors import ArrowheadError
 from plans.methods import Search
 from plans.models import AttentionModule
@@ -64,39 +64,43 @@ def search_plan(
     with a graph for each step; it is also what "joint" does where there may be as many buckets as
     steps. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
     scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
-    keep_tables the errors recorded. Raises ArrowheadError for pipelines that are not planned for,
-    by name.
+    keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, steps, height, width, guidance_scale, max_sequence_length, seed)
-    _check_arguments(settings, delta, cap_factor, candidates, method)
-    check_bucket_limit(max_buckets)
-    bare = dense_plan_of(pipe, settings, block, source, revision)
-    rows = 2 if bare.sampler.cfg else 1
-    effort = effort_for(account(bare, rows)["transformer_flops"], settings.pictures, wanted)
+    _check_arguments(settings, delta, cap_factor, candidates, method, max_buckets)
     method = "progressive" if max_buckets >= steps else method
-    if method == "progressive":  # each choice needs all prompts
-        effort = replace(effort, pictures_per_run=settings.pictures)
+    bare = dense_plan_of(pipe, settings, block, source, revision)
+    effort = _effort(bare, settings, wanted, together=method == "progressive")
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
     search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor), effort, prices,
                     progress or (lambda *_: None))  # fmt: skip
     memory = search.memory()
-    (announce or (lambda _: None))(memory_text(memory))
-    check_memory(memory, pipe.transformer)
+    check_memory(memory, pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
         divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
+        sample_tokens=effort.sample_tokens,
     )  # fmt: skip
     search.begin(Scratch(scratch, _identity(settings, bare, effort, asked), resume))
     found = search.joint(max_buckets, keep_tables) if method == "joint" else search.progressive()
     search.scratch.clear()
-    plan = found.plan
-    sums = {m.name: [float(f"{sum(e[m.name]):.6g}") for e in found.errors] for m in plan.modules}
-    record = _run_record(pipe, settings) | asked | found.basis | search.priced(plan) | dict(
-        sample_tokens=effort.sample_tokens, memory_bytes=memory,
-        seconds=round(time.perf_counter() - begin, 3), errors=sums,
-    )  # fmt: skip
-    return replace(plan, search=record, accounting=account(plan, rows))
+    seconds = round(time.perf_counter() - begin, 3)
+    record = _run_record(pipe, settings) | asked | {"memory_bytes": memory, "seconds": seconds}
+    record |= search.priced(found.plan) | found.record()
+    return replace(found.plan, search=record, accounting=account(found.plan, _rows(bare)))
+
+
+def _rows(plan: Plan) -> int:
+    """Rows of a transformer call for one picture."""
+    return 2 if plan.sampler.cfg else 1
+
+
+def _effort(bare: Plan, settings: Denoising, wanted: Wanted, together: bool) -> Effort:
+    """How much is run; together: all prompts in one call, since each choice needs them all."""
+    flops = account(bare, _rows(bare))["transformer_flops"]
+    effort = effort_for(flops, settings.pictures, wanted)
+    return replace(effort, pictures_per_run=settings.pictures) if together else effort
 
 
 def _identity(
@@ -137,7 +141,9 @@ def _check_arguments(
     cap_factor: float,
     candidates: Sequence[str],
     method: str,
+    max_buckets: int,
 ) -> None:
+    check_bucket_limit(max_buckets)
     if method not in METHODS:
         raise ArrowheadError(
             "search method", got=method, expected=f"one of {', '.join(METHODS)}", fix="name one"
@@ -192,7 +198,7 @@ def _run_record(pipe: Any, settings: Denoising) -> dict[str, Any]:
         "seed": settings.seed,
         "guidance_scale": settings.guidance_scale,
         "max_sequence_length": settings.max_sequence_length,
-        "device": str(pipe.transformer.device),
+        "device": str(getattr(pipe, "_execution_device", pipe.transformer.device)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }

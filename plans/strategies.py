@@ -123,7 +123,7 @@ class ChooseHeads(_Heads):
         sample.arrows(q, k, v, seen, outputs)
         if CACHED in candidates:
             outputs[-1] = sample.of(self._merged[module.name])
-        errors = moments(outputs, seen, sample.weights).errors().tolist()
+        errors = moments([outputs], seen, sample.weights).errors().tolist()
         return dict(zip(order, errors, strict=True))
 
 
@@ -153,7 +153,7 @@ class MeasureHeads(_Heads):
         ours = sample.of(merged)
         full = all(mode == FULL for mode in modes)
         seen = ours if full else sample.full(q, k, v)
-        self._moments[self.step].append(moments(ours[None], seen, sample.weights))
+        self._moments[self.step].append(moments([ours[None]], seen, sample.weights))
         if self._recorder is not None:
             self._recorder.note(self.step, module, q, k, v, seen)
         return merged

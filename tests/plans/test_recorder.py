@@ -118,7 +118,7 @@ def test_runs_of_parts_of_the_prompts_tell_what_one_of_all_does() -> None:
     other[3] = torch.inf
 
     def run(part: slice) -> dict[str, np.ndarray]:
-        found = moments(other[:, part], full[part])
+        found = moments([other[:1, part], other[1:, part]], full[part])
         arrays = {name: value.numpy().T[None] for name, value in found._asdict().items()}
         return {**arrays, "pictures": np.array(float(len(full[part])))}
 
@@ -127,3 +127,17 @@ def test_runs_of_parts_of_the_prompts_tell_what_one_of_all_does() -> None:
     assert whole.shape == (1, 2, 4)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
     assert np.isinf(whole[:, :, 3]).all() and np.isfinite(whole[:, :, :3]).all()
+
+
+def test_a_2k_picture_is_recorded_in_few_launches_and_little_work() -> None:
+    layout = TokenLayout(16384, 512, True, 128)
+    sample = sample_of(AttentionModule("attn", 24, 128, layout, True), CPU, (2, 4, 8))
+    assert len(sample.rows) == 2048 + 512
+    assert len(sample.bands) <= 3  # chunks inside, and at the picture's two edges
+    pairs = sum(
+        band.keys.shape[0] * band.rows * count
+        for band in sample.bands
+        for count, _ in band.windows.values()
+    )
+    assert pairs < 0.045 * layout.seq_len**2
+    assert all(mask is None for band in sample.bands for _, mask in band.windows.values())
