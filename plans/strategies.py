@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ class _Heads:
         if not computed:
             return self._merged[module.name]
         if len(computed) < len(modes):
-            q, k, v = (x[:, :, computed] for x in (q, k, v))
+            heads = _index(tuple(computed), q.device)
+            q, k, v = (x.index_select(2, heads) for x in (q, k, v))
         layout = module.layout
         shape = (
             module.head_dim**-0.5, layout.text_tokens, layout.text_first, layout.block,
@@ -65,6 +67,11 @@ class _Heads:
         place = {head: i for i, head in enumerate(computed)}
         source = [place.get(head, len(computed) + head) for head in range(len(modes))]
         return ops.cached_head(q, k, v, self._merged[module.name], *shape, source)
+
+
+@lru_cache(maxsize=4096)  # one of each module and bucket: saves a copy to the device a call
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, device=device)
 
 
 class ChooseHeads(_Heads):

@@ -209,8 +209,10 @@ def add_buckets(actions: Verbs) -> None:
         "buckets",
         buckets,
         "tell what fewer graphs lose, from the errors a search recorded",
-        "  arrowhead plan search --model my-model --tables recorded.npz --output plan.json\n"
-        "  arrowhead plan buckets recorded.npz --delta 0.4 --max-buckets 2 4 8",
+        "  arrowhead plan buckets recorded.npz\n"
+        "  arrowhead plan buckets recorded.npz --delta 0.4 --max-buckets 2 4 8\n"
+        "recorded.npz comes from:\n"
+        "  arrowhead plan search --model my-model --tables recorded.npz --output plan.json",
     )
     parser.add_argument("tables", type=Path, metavar="TABLES")
     _add_bounds(parser)

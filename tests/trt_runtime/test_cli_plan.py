@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,44 @@ def test_search_writes_a_plan_that_fits_its_model(
     model = str(folder.parent / "model")
     assert main(["plan", "check", str(target), "--model", model]) == 0
     assert f"fits {model}" in capsys.readouterr().out
+
+
+def test_search_keeps_its_tables_and_buckets_are_compared(
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, _, _ = torch_bundle("flux")
+    tables, target = tmp_path / "kept" / "tables.npz", tmp_path / "plan.json"
+    command = ["plan", "search", *sampling(folder), "--prompt", "a cat", "--prompt", "a dog",
+               "--delta", "0.5", "--divisors", "2", "4", "--max-buckets", "3", "--resume",
+               "--prompts-per-run", "1", "--rounds", "2", "--no-final-check",
+               "--sample-tokens", "16", "--tables", str(tables),
+               "--output", str(target)]  # fmt: skip
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "memory beside the model" in out and "attention of plans: reference" in out
+    plan = load_plan(target)
+    assert plan.search is not None and plan.search["sample_tokens"] == 16
+    assert f"largest {plan.search['basis']} error" in out
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+    report = tmp_path / "buckets.json"
+    more = ["--delta", "0.5", "--max-buckets", "1", "2", "3", "--json", str(report)]
+    assert main(["plan", "buckets", str(tables), *more]) == 0
+    assert "a graph for each step" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    saved = [row["saved"] for row in found["rows"]]
+    assert saved[0] == 0 and saved == sorted(saved) and saved[-1] <= found["bound"] + 1e-9
+    assert [row["loss"] for row in found["rows"]][0] == pytest.approx(1)
+
+
+def test_offload_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "search", "--model", "any", "--offload", "model", "--output"]
+    assert main([*command, str(tmp_path / "plan.json")]) == 2
+    assert "--offload | got model with device cpu" in capsys.readouterr().err
 
 
 def test_import_translates_the_references_pickles(
