@@ -141,7 +141,8 @@ def refuse_beyond(needed: Mapping[str, int], free: int) -> None:
         "memory of the search",
         got=f"{free / 2**30:.1f} GiB free on the GPU",
         expected=f"{total / 2**30:.1f} GiB ({parts})",
-        fix="lower --prompts-per-run or --sample-tokens, or pass --offload model (or sequential)",
+        fix="lower --prompts-per-run (with --method progressive: the number of prompts) or "
+        "--sample-tokens, or pass --offload model or sequential",
     )
 
 

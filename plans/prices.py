@@ -72,12 +72,17 @@ class Prices:
     def worthwhile(
         self, module: AttentionModule, rows: int, candidates: Sequence[int]
     ) -> tuple[int, ...]:
-        """Leave out modes that are not faster than full on this device, or were not measured."""
+        """Leave out modes that are not faster than full here; refuse those that have no price."""
         price = self.find(module, rows)
-        return tuple(
-            mode for mode in candidates
-            if mode in price.attention and price.of(mode) < price.of(FULL)
-        )  # fmt: skip
+        missing = [mode for mode in candidates if mode not in price.attention]
+        if missing:
+            raise ArrowheadError(
+                f"prices of {module.name}",
+                got=f"half windows {sorted(m for m in price.attention if m >= 0)}",
+                expected=f"{missing}, too",
+                fix="search with the divisors that prices are measured for: --divisors 8 16 32",
+            )
+        return tuple(mode for mode in candidates if price.of(mode) < price.of(FULL))
 
     def savings(
         self, module: AttentionModule, rows: int, candidates: Sequence[int]

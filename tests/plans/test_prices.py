@@ -51,9 +51,11 @@ def test_new_prices_replace_old_ones_of_one_device_alone() -> None:
     assert merged(_prices(), _prices("another")) == _prices("another")
 
 
-def test_slow_and_unmeasured_modes_are_left_out_and_savings_hold_the_projections() -> None:
+def test_slow_modes_are_left_out_unmeasured_ones_refused_and_savings_hold_the_projections() -> None:
     prices = _prices()
-    assert prices.worthwhile(MODULE, 1, (16, 8, 4, 2, CACHED)) == (8, 4, CACHED)
+    assert prices.worthwhile(MODULE, 1, (8, 4, 2, CACHED)) == (8, 4, CACHED)
+    with pytest.raises(ArrowheadError, match=r"half windows \[2, 4, 8\]; expected \[16\]"):
+        prices.worthwhile(MODULE, 1, (16, 8))
     savings = prices.savings(MODULE, 1, (8, CACHED))
     assert len(savings) == 24
     assert savings[0] == pytest.approx({8: 0.19, CACHED: 0.256})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ def test_show_prints_modes_and_savings(plan_file: Path, capsys: pytest.CaptureFi
     assert "transformer_blocks.0.attn2" in out
     assert "attention saved" in out
     assert picture.stat().st_size > 1000
+
+
+def test_show_says_what_a_search_stands_on(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = {"device": "a GPU", "kernel": "0123", "dense_ms": 100.0, "saved_ms": 37.5}
+    record = {"delta": 0.2, "basis": "predicted", "seconds": 3.0, "prices": prices,
+              "errors": {plan.modules[0].name: [0.1, 0.15]}}  # fmt: skip
+    save_plan(replace(plan, search=record), tmp_path / "plan.json")
+    assert main(["plan", "show", str(tmp_path / "plan.json")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "largest predicted error of a step and module 0.15" in out
+    assert "as priced on a GPU: 62.5 of 100.0 ms" in out
 
 
 def test_check_and_edit_and_diff(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
