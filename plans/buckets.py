@@ -20,7 +20,9 @@ from plans.schedules import Progress, Schedule, climb, search_schedule
 from plans.tables import Floats, HeadTables, Ints
 from plans.tiles import CACHED, FULL
 
-_FEW_ROWS = 192  # heads up to which a schedule is improved on by what it saves exactly
+# Heads times sets of buckets up to which schedules are searched, and only improved on, by what they
+# save exactly: some seconds on one core for either.
+_SEARCHED, _CLIMBED = 512, 4096
 _PRICE_STEPS = 16  # iterations that find what error costs in a module over its bound
 
 
@@ -50,13 +52,17 @@ def choose_buckets(
     judge = _Judge(tables, delta, cap_factor)
     count = min(max_buckets, tables.steps)
     report = progress or (lambda *_: None)
-    few = sum(tables.heads) <= _FEW_ROWS
-    if start is not None and few:
-        found = [climb(judge.saving, tuple(start), count)]
-    else:
+    work = sum(tables.heads) << (count - 1)
+    found = []
+    if start is None or work > _SEARCHED:
         found = _candidates(tables, delta, cap_factor, count, start, report)
-    if start is None and few:
-        found.append(search_schedule(judge.saving, tables.steps, count, report, found))
+    if work <= _SEARCHED:
+        if start is None:
+            found.append(search_schedule(judge.saving, tables.steps, count, report, found))
+        else:
+            found.append(climb(judge.saving, tuple(start), count))
+    elif work <= _CLIMBED:
+        found += [climb(judge.saving, schedule, count) for schedule in dict.fromkeys(found)]
     return _joined(judge.choose(max(dict.fromkeys(found), key=judge.saving)))
 
 
