@@ -104,17 +104,21 @@ def search(arguments: argparse.Namespace) -> int:
     pipe = load_for_planning(arguments)
     print(f"attention of plans: {use_kernels(arguments.device, pipe.transformer.dtype)}")
     prompts = prompts_of(arguments, arguments.model)
-    with progress_bar() as advance:
-        plan = search_plan(
-            pipe,
-            prompts,
-            **sampling_of(pipe, arguments),
-            **options,
-            announce=print,
-            progress=lambda stage, done, total, saved: advance(
-                f"{stage}, {percent(saved)} saved" if saved else stage, done, total
-            ),
-        )
+    try:
+        with progress_bar() as advance:
+            plan = search_plan(
+                pipe,
+                prompts,
+                **sampling_of(pipe, arguments),
+                **options,
+                announce=print,
+                progress=lambda stage, done, total, saved: advance(
+                    f"{stage}, {percent(saved)} saved" if saved else stage, done, total
+                ),
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume takes up the runs that are done")
+        raise
     make_parent(arguments.output)
     save_plan(plan, arguments.output)
     _draw(plan, arguments.picture or arguments.output.with_suffix(".png"))

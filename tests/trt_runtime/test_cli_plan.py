@@ -168,6 +168,25 @@ def test_search_keeps_its_tables_and_buckets_are_compared(
     assert [row["loss"] for row in found["rows"]][0] == pytest.approx(1)
 
 
+def test_an_interrupted_search_says_how_to_go_on(
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from plans import search
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "search_plan", cut)
+    folder, _, _ = torch_bundle("flux")
+    command = ["plan", "search", *sampling(folder), "--output", str(tmp_path / "plan.json")]
+    assert main(command) == 130
+    assert "--resume" in capsys.readouterr().out
+
+
 def test_offload_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "search", "--model", "any", "--offload", "model", "--output"]
     assert main([*command, str(tmp_path / "plan.json")]) == 2
