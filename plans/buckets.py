@@ -88,10 +88,15 @@ def _candidates(
     return found
 
 
+def predicted_errors(tables: HeadTables, choice: Choice) -> Floats:
+    """Return what the tables say that a choice errs, [N, R]."""
+    return _Judge(tables, 1.0, 1.0).errors_of(choice)
+
+
 def corrected(tables: HeadTables, choice: Choice, measured: Floats) -> HeadTables:
     """Learn from a run of the choice by which factor its caches err more, or less; [N, R]."""
     modes = choice.modes[list(choice.schedule)]
-    predicted = _Judge(tables, 1.0, 1.0).errors_of(choice)
+    predicted = predicted_errors(tables, choice)
     ratio = np.ones_like(measured)
     known = (modes == CACHED) & (predicted > 0) & np.isfinite(predicted)
     np.divide(measured, predicted, out=ratio, where=known)

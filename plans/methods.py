@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plans.bounds import Bounds, raise_offenders
-from plans.buckets import Choice, choose_buckets, corrected
+from plans.buckets import Choice, choose_buckets, corrected, predicted_errors
 from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort, search_memory
 from plans.plan import Bucket, Plan
@@ -17,7 +17,7 @@ from plans.prices import Prices
 from plans.recorder import Savings, head_savings, pairs_saved, pooled_errors
 from plans.runs import Moments, Progress, Runs, Scratch
 from plans.strategies import ChooseHeads, HeadErrors, errors_by_module
-from plans.tables import HeadTables
+from plans.tables import Floats, HeadTables
 from plans.tiles import FULL, kept_pairs
 
 _AIM = 0.95  # of the bound, to the power of the attempts
@@ -120,8 +120,8 @@ class Search:
         The first run is in full, the next ones follow their plan, each with the next group of
         prompts: errors are those of the activations the plan leads to. The search ends where a
         plan keeps the bounds once all prompts were seen. Where none of `rounds` does, the last is
-        raised until it does; without a final check heads over the bounds become full, and that is
-        told as what it is: predicted.
+        raised until it does; without a final check by what its run tells, and the errors are called
+        what they are: predicted.
         """
         groups, rounds = len(self._runs.groups), self._effort.rounds
         recorder = self._runs.recorder(self._bare)
@@ -152,7 +152,9 @@ class Search:
         if self._effort.final_check:
             plan = raise_offenders(plan, errors, self._bounds, self._candidates)
             return self._raised(plan, rounds)
-        return self._predicted(plan, errors, rounds, group)
+        assert choice is not None and run.recorded is not None  # there is a round at least
+        own = corrected(recorder.tables([run.recorded], self._savings), choice, measured)
+        return self._predicted(plan, own, measured, group)
 
     def _choose(
         self, tables: HeadTables, broken: int, max_buckets: int, before: Choice | None
@@ -166,16 +168,21 @@ class Search:
             progress=lambda i, n, saved: self._report("choose", i, n, saved / dense),
         )  # fmt: skip
 
-    def _predicted(self, plan: Plan, errors: HeadErrors, rounds: int, group: int) -> Found:
-        """Make heads over the bounds full, which then err by nothing; nothing is run again."""
-        raised = raise_offenders(plan, errors, self._bounds, None)
-        for step, row in enumerate(errors):
-            modes = raised.modes_at(step)
-            for name, own in row.items():
-                own[:] = [0.0 if m == FULL else e for e, m in zip(own, modes[name], strict=True)]
-        same = raised.sha256 == plan.sha256
-        basis = self._basis("measured" if same else "predicted", rounds, [group])
-        return Found(raised, errors, basis)
+    def _predicted(self, plan: Plan, own: HeadTables, measured: Floats, group: int) -> Found:
+        """Raise heads until the bounds are kept, as the plan's last run tells; nothing is run.
+
+        own: what that run recorded, corrected by what it measured.
+        """
+        errors = errors_by_module(plan.modules, measured)
+        start, count = plan, 0
+        while self._bounds.broken(plan.modules, errors):
+            count += 1
+            more = self._candidates if count < len(self._bare.schedule) else None
+            plan = raise_offenders(plan, errors, self._bounds, more)
+            told = predicted_errors(own, _choice_of(plan))
+            errors = errors_by_module(plan.modules, told)
+        basis = "measured" if plan is start else "predicted"
+        return Found(plan, errors, self._basis(basis, self._effort.rounds, [group]))
 
     def _basis(self, basis: str, measurements: int, groups: Sequence[int]) -> dict[str, Any]:
         """What the errors of the record stand on, for the record."""
@@ -242,3 +249,8 @@ def _plan_of(bare: Plan, choice: Choice) -> Plan:
         for row in choice.modes
     )
     return replace(bare, buckets=buckets, schedule=choice.schedule)
+
+
+def _choice_of(plan: Plan) -> Choice:
+    modes = [[m for module in plan.modules for m in b.modes[module.name]] for b in plan.buckets]
+    return Choice(np.array(modes), plan.schedule, 0.0)

@@ -135,8 +135,8 @@ def _add_effort(parser: argparse.ArgumentParser) -> None:
         "--final-check",
         action=argparse.BooleanOptionalAction,
         help="run the plan on all prompts, again and again, until its errors are within the bounds "
-        "(default for small models); without it heads that were over become full, and the plan's "
-        "record calls its errors predicted",
+        "(default for small models); without it heads that were over are raised by what the last "
+        "run tells, and the plan's record calls its errors predicted",
     )
     parser.add_argument(
         "--sample-tokens",
