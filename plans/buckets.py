@@ -2,76 +2,28 @@
 
 The error of a cached head grows with its age, so what a bucket may cache depends on when the
 schedule last refreshed it: given a schedule, the ages are known, heads are independent but for
-their module's sum, and the best modes follow at once. Schedules are found by local search.
+their module's sum, and the best modes follow at once. Schedules are found by local search on an
+estimate (plans.estimate), and judged with the modules' sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plans.errors import ArrowheadError
+from plans.estimate import Estimate, ages, subsets
 from plans.schedules import Progress, Schedule, climb, search_schedule
+from plans.tables import Floats, HeadTables, Ints
 from plans.tiles import CACHED, FULL
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-_ROWS = 192  # heads a schedule is judged on, in whole modules
+# Heads times sets of buckets up to which schedules are searched, and only improved on, by what they
+# save exactly: some seconds on one core for either.
+_SEARCHED, _CLIMBED = 512, 4096
 _PRICE_STEPS = 16  # iterations that find what error costs in a module over its bound
-
-
-@dataclass(frozen=True)
-class HeadTables:
-    """What each mode of each head would err and save; R heads, module by module.
-
-    arrow: [N, R, W] errors of W half windows, ascending in blocks; cached: [N, R, A] errors of the
-    full output of 1..A steps before; infinite where there is none. arrow_saving: [R, W] and
-    cached_saving: [R], query/key pairs a step. A step that reads a cache errs by the cache's age
-    and by the arrow it was computed with, as if the two were uncorrelated; times drift, [N, R],
-    how much more it turned out to be.
-    """
-
-    heads: tuple[int, ...]  # of each module
-    windows: tuple[int, ...]
-    arrow: Floats
-    cached: Floats
-    arrow_saving: Floats
-    cached_saving: Floats
-    drift: Floats = field(default_factory=lambda: np.ones((1, 1)))
-
-    @property
-    def steps(self) -> int:
-        return self.arrow.shape[0]
-
-    @property
-    def starts(self) -> Ints:
-        """First row of each module."""
-        return np.cumsum([0, *self.heads[:-1]])
-
-    def some(self, limit: int) -> HeadTables:
-        """Keep modules spread evenly over all, of at most about `limit` heads."""
-        wanted = max(1, round(len(self.heads) * min(1.0, limit / sum(self.heads))))
-        chosen = np.unique(np.linspace(0, len(self.heads) - 1, wanted).round().astype(int))
-        rows = np.concatenate([self.starts[m] + np.arange(self.heads[m]) for m in chosen])
-        return HeadTables(
-            tuple(self.heads[m] for m in chosen), self.windows, self.arrow[:, rows],
-            self.cached[:, rows], self.arrow_saving[rows], self.cached_saving[rows],
-            np.broadcast_to(self.drift, self.arrow.shape[:2])[:, rows],
-        )  # fmt: skip
-
-    def corrected(self, choice: Choice, measured: Floats) -> HeadTables:
-        """Learn from a run of the choice by which factor its caches err more, or less; [N, R]."""
-        modes = choice.modes[list(choice.schedule)]
-        predicted = _Judge(self, 1.0, 1.0).errors_of(choice)
-        ratio = np.ones_like(measured)
-        known = (modes == CACHED) & (predicted > 0) & np.isfinite(predicted)
-        np.divide(measured, predicted, out=ratio, where=known)
-        return replace(self, drift=ratio)
 
 
 class Choice(NamedTuple):
@@ -97,15 +49,63 @@ def choose_buckets(
     Deterministic. Raises ArrowheadError if there may be no bucket.
     """
     check_bucket_limit(max_buckets)
-    judge = _Judge(tables.some(_ROWS), delta, cap_factor)
+    judge = _Judge(tables, delta, cap_factor)
     count = min(max_buckets, tables.steps)
-    if start is None:
-        report = progress or (lambda *_: None)
-        schedule = search_schedule(judge.saving, tables.steps, count, report)
-    else:
-        schedule = climb(judge.saving, tuple(start), count)
-    choice = _Judge(tables, delta, cap_factor).choose(schedule)
-    return _joined(choice)
+    report = progress or (lambda *_: None)
+    work = sum(tables.heads) << (count - 1)
+    found = []
+    if start is None or work > _SEARCHED:
+        found = _candidates(tables, delta, cap_factor, count, start, report)
+    if work <= _SEARCHED:
+        if start is None:
+            found.append(search_schedule(judge.saving, tables.steps, count, report, found))
+        else:
+            found.append(climb(judge.saving, tuple(start), count))
+    elif work <= _CLIMBED:
+        found += [climb(judge.saving, schedule, count) for schedule in dict.fromkeys(found)]
+    return _joined(judge.choose(max(dict.fromkeys(found), key=judge.saving)))
+
+
+def _candidates(
+    tables: HeadTables,
+    delta: float,
+    cap_factor: float,
+    buckets: int,
+    start: Sequence[int] | None,
+    report: Progress,
+) -> list[Schedule]:
+    """Find schedules that save much where only caps bind, and where narrower ones do.
+
+    Sums over delta cost what narrower caps would: the more heads a module has, the less they bind.
+    """
+    found = [] if start is None else [tuple(start)]
+    for factor in (cap_factor, (cap_factor + min(cap_factor, 1)) / 2):
+        estimate = Estimate(tables, _caps(tables.heads, delta, factor))
+        if start is None:
+            found.append(search_schedule(estimate.saving, tables.steps, buckets, report))
+        else:
+            found.append(climb(estimate.saving, tuple(start), buckets))
+    return found
+
+
+def predicted_errors(tables: HeadTables, choice: Choice) -> Floats:
+    """Return what the tables say that a choice errs, [N, R]."""
+    return _Judge(tables, 1.0, 1.0).errors_of(choice)
+
+
+def corrected(tables: HeadTables, choice: Choice, measured: Floats) -> HeadTables:
+    """Learn from a run of the choice by which factor its caches err more, or less; [N, R]."""
+    modes = choice.modes[list(choice.schedule)]
+    predicted = predicted_errors(tables, choice)
+    ratio = np.ones_like(measured)
+    known = (modes == CACHED) & (predicted > 0) & np.isfinite(predicted)
+    np.divide(measured, predicted, out=ratio, where=known)
+    return replace(tables, drift=ratio)
+
+
+def _caps(heads: Sequence[int], delta: float, factor: float) -> Floats:
+    """Bound of each head's error, [R]."""
+    return np.repeat([factor * delta / own for own in heads], heads)
 
 
 def _joined(choice: Choice) -> Choice:
@@ -131,7 +131,7 @@ class _Judge:
         self._tables = tables
         self._delta = delta
         self._starts = tables.starts
-        self._cap = np.repeat([cap_factor * delta / heads for heads in tables.heads], tables.heads)
+        self._cap = _caps(tables.heads, delta, cap_factor)
         steps, rows, windows = tables.arrow.shape
         # By step, choice, head; FULL is choice 0 of what is computed, age 0 that of what is cached.
         self._own = np.zeros((steps, windows + 1, rows))
@@ -186,9 +186,9 @@ class _Judge:
         """
         steps, buckets = len(schedule), int(schedule.max()) + 1
         narrow, wide = self._arrows(schedule, buckets)
-        cached = _subsets(buckets)
+        cached = subsets(buckets)
         skip = cached[:, schedule]
-        young = _ages(skip).max(axis=1) < self._aged.shape[1] - 1
+        young = ages(skip).max(axis=1) < self._aged.shape[1] - 1
         cached, skip = cached[young], skip[young]
         writes = np.zeros(cached.shape, dtype=bool)
         for step in range(steps - 1):
@@ -206,7 +206,7 @@ class _Judge:
         """Return what options [P, K, R] err, [P, N, R]."""
         steps, rows = np.arange(len(schedule))[:, None], np.arange(modes.shape[2])
         taken = modes[:, schedule]
-        age = _ages(taken == len(self._saving) - 1)
+        age = ages(taken == len(self._saving) - 1)
         last = steps - age
         computed = np.take_along_axis(taken, last, axis=1)
         oldest = self._aged.shape[1] - 1
@@ -280,15 +280,3 @@ class _Judge:
         """Return each step's and module's sum of errors, [N, modules]."""
         chosen = errors[picked, :, np.arange(len(picked))]
         return np.add.reduceat(chosen, self._starts, axis=0).T
-
-
-def _ages(cached: NDArray[np.bool_]) -> Ints:
-    """Return how many steps ago each step's output was computed; steps are axis 1."""
-    steps = np.arange(cached.shape[1]).reshape(-1, *[1] * (cached.ndim - 2))
-    return steps - np.maximum.accumulate(np.where(cached, 0, steps), axis=1)
-
-
-def _subsets(buckets: int) -> NDArray[np.bool_]:
-    """Return every set of buckets but the first, [2^(K-1), K], the empty one first."""
-    bits = np.arange(2 ** (buckets - 1))[:, None] >> np.arange(buckets - 1) & 1
-    return np.pad(bits.astype(bool), ((0, 0), (1, 0)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,20 @@ class Denoising:
         if isinstance(self.prompts, Mapping):
             return self.prompts["prompt_embeds"].shape[0]
         return len(self.prompts)
+
+    def groups(self, pictures: int) -> Iterator[Denoising]:
+        """Split into runs of so many pictures at most, each with the noise it has here."""
+        for first in range(0, self.pictures, pictures):
+            part = slice(first, first + pictures)
+            prompts = self.prompts
+            if isinstance(prompts, Mapping):
+                prompts = {
+                    name: value[part] if isinstance(value, Tensor) else value
+                    for name, value in prompts.items()
+                }
+            else:
+                prompts = list(prompts)[part]
+            yield replace(self, prompts=prompts, seed=self.seed + first)
 
     def arguments(self) -> dict[str, Any]:
         prompts = self.prompts

@@ -14,6 +14,7 @@ from plans.accounting import account
 from plans.denoising import Denoising, denoise, dense_plan_of
 from plans.models import AttentionModule
 from plans.plan import Bucket, Plan
+from plans.recorder import head_savings
 from plans.strategies import ChooseHeads
 from plans.tiles import CACHED, FULL, candidate_half_windows
 
@@ -49,7 +50,8 @@ def search_layerwise(
     begin = time.perf_counter()
     bare = dense_plan_of(pipe, settings, block, source, revision)
     modes = {m.name: (*candidate_half_windows(m.layout, divisors), CACHED) for m in bare.modules}
-    strategy = ChooseModules(bare.modules, modes, delta, cap_factor=1.0)
+    savings = {m.name: head_savings(m, modes[m.name]) for m in bare.modules}
+    strategy = ChooseModules(bare.modules, modes, savings, delta, cap_factor=1.0)
     denoise(pipe, settings, bare.modules, strategy, lambda step: None)
     buckets = tuple(Bucket(dict(chosen)) for chosen in strategy.modes)
     plan = replace(bare, buckets=buckets, schedule=tuple(range(settings.steps)))

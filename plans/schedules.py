@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,12 +13,15 @@ Progress = Callable[[int, int, float], None]  # rounds of local search done, of 
 _KICKS = 6  # restarts from the best schedule, some steps changed
 
 
-def search_schedule(saving: Saving, steps: int, buckets: int, progress: Progress) -> Schedule:
+def search_schedule(
+    saving: Saving, steps: int, buckets: int, progress: Progress, starts: Sequence[Schedule] = ()
+) -> Schedule:
     """Find a schedule that saves much: from several patterns, then from kicks of the best.
 
-    Step 0 is in bucket 0. saving is asked for many schedules, some of them again. Deterministic.
+    Step 0 is in bucket 0. starts: schedules to begin from, too. saving is asked for many schedules,
+    some of them again. Deterministic.
     """
-    starts = list(dict.fromkeys(_patterns(steps, buckets)))
+    starts = list(dict.fromkeys([*_patterns(steps, buckets), *starts]))
     rounds = len(starts) + _KICKS
     best = starts[0]
     rng = np.random.default_rng(0)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from plans.accounting import account
-from plans.bounds import Bounds, raise_offenders
-from plans.buckets import Choice, check_bucket_limit, choose_buckets
-from plans.denoising import Denoising, Prompts, denoise, dense_plan_of
+from plans.bounds import Bounds
+from plans.buckets import check_bucket_limit
+from plans.denoising import Denoising, Prompts, dense_plan_of
+from plans.effort import BY_SIZE, Effort, Wanted, check_memory, effort_for
 from plans.errors import ArrowheadError
+from plans.methods import Search
 from plans.models import AttentionModule
-from plans.plan import Bucket, Plan
-from plans.strategies import ChooseHeads, HeadErrors, MeasureHeads, Recorder, pairs_saved
-from plans.tiles import CACHED, FULL, candidate_half_windows, kept_pairs
+from plans.plan import Plan
+from plans.prices import Prices
+from plans.runs import Progress, Runs, Scratch, fingerprint
+from plans.strategies import HeadErrors, errors_by_module
+from plans.tables import HeadTables
+from plans.tiles import CACHED, candidate_half_windows
 
 CANDIDATES = ("arrow", "cache")
 METHODS = ("joint", "progressive")
-AGES = 10  # steps that a cached head may be old
-_AIM = 0.95  # of the bound, to the power of the attempts
 METRIC = "relative squared error per head: mean (O_m - O)^2 / mean (O - mean O)^2, in fp32"
-
-Progress = Callable[[str, int, int, float], None]  # stage, steps done, steps, saving so far
 
 
 def search_plan(
@@ -47,125 +46,68 @@ def search_plan(
     guidance_scale: float,
     max_sequence_length: int | None = None,
     seed: int = 0,
-    rounds: int = 6,
+    wanted: Wanted = BY_SIZE,
+    prices: Prices | None = None,
     source: Path | str | None = None,
     revision: str | None = None,
+    scratch: Path | None = None,
+    resume: bool = False,
+    announce: Callable[[str], None] | None = None,
+    keep_tables: Callable[[HeadTables], None] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Search a plan for a StableDiffusion3Pipeline or FluxPipeline at one size and step count.
 
     delta bounds the sum over heads of relative squared errors in each (step, module), and
-    cap_factor * delta / H each head's; both hold in the final measurement. method: "joint" chooses
-    at most max_buckets buckets, their modes and the schedule together (plans.buckets);
-    "progressive" is DiTFastAttnV2's, step by step, with a graph for each step; it is also what
-    "joint" does where there may be as many buckets as steps. source: the pipeline's local folder or
-    hub id, for the plan's model reference. Raises ArrowheadError for pipelines that are not planned
-    for, by name.
+    cap_factor * delta / H each head's. method: "joint" chooses at most max_buckets buckets, their
+    modes and the schedule together (plans.buckets); "progressive" is DiTFastAttnV2's, step by step,
+    with a graph for each step; it is also what "joint" does where there may be as many buckets as
+    steps. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
+    scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
+    keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, steps, height, width, guidance_scale, max_sequence_length, seed)
-    _check_arguments(settings, delta, cap_factor, candidates, method)
-    check_bucket_limit(max_buckets)
-    report = progress or (lambda *_: None)
+    _check_arguments(settings, delta, cap_factor, candidates, method, max_buckets)
+    method = "progressive" if max_buckets >= steps else method
     bare = dense_plan_of(pipe, settings, block, source, revision)
+    effort = _effort(bare, settings, wanted, together=method == "progressive")
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
-    bounds = Bounds(delta, cap_factor)
-    if max_buckets >= steps:
-        method = "progressive"
-    if method == "joint":
-        found = _joint(pipe, settings, bare, modes, bounds, max_buckets, rounds, report)
-    else:
-        plan = _progressive(pipe, settings, bare, modes, bounds, report)
-        found = _raised(pipe, settings, plan, modes, bounds, rounds, report)
-    plan, errors, measurements = found
-    sums = {m.name: [float(f"{sum(e[m.name]):.6g}") for e in errors] for m in plan.modules}
-    record = _run_record(pipe, settings) | dict(
+    search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor), effort, prices,
+                    progress or (lambda *_: None))  # fmt: skip
+    memory = search.memory()
+    check_memory(memory, pipe, announce)
+    asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
         divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
-        measurements=measurements, seconds=round(time.perf_counter() - begin, 3), errors=sums,
+        sample_tokens=effort.sample_tokens,
     )  # fmt: skip
-    accounting = account(plan, batch=2 if plan.sampler.cfg else 1)
-    return replace(plan, search=record, accounting=accounting)
+    search.begin(Scratch(scratch, _identity(settings, bare, effort, asked), resume))
+    found = search.joint(max_buckets, keep_tables) if method == "joint" else search.progressive()
+    search.scratch.clear()
+    seconds = round(time.perf_counter() - begin, 3)
+    record = _run_record(pipe, settings) | asked | {"memory_bytes": memory, "seconds": seconds}
+    record |= search.priced(found.plan) | found.record()
+    return replace(found.plan, search=record, accounting=account(found.plan, _rows(bare)))
 
 
-def _joint(
-    pipe: Any,
-    settings: Denoising,
-    bare: Plan,
-    candidates: Mapping[str, Sequence[int]],
-    bounds: Bounds,
-    max_buckets: int,
-    rounds: int,
-    report: Progress,
-) -> tuple[Plan, HeadErrors, int]:
-    """Record a run, choose, and run that; choose again from what the run itself records.
-
-    The first run is in full, the next ones follow their plan: errors are those of the activations
-    the plan leads to. Where no choice of `rounds` keeps the bounds, the last is raised until it
-    does.
-    """
-    dense = settings.steps * sum(
-        m.heads * kept_pairs(m.layout, FULL, m.text_output) for m in bare.modules
-    )
-    recorder = Recorder(bare.modules, candidates, settings.steps, AGES)
-    errors = _measure(pipe, settings, bare, "record", report, recorder)
-    choice = choose_buckets(
-        recorder.tables(), *bounds, max_buckets,
-        progress=lambda i, n, saved: report("choose", i, n, saved / dense),
-    )  # fmt: skip
-    for turn in range(1, rounds + 1):
-        plan = _plan_of(bare, choice)
-        recorder = Recorder(bare.modules, candidates, settings.steps, AGES)
-        errors = _measure(pipe, settings, plan, f"measure {turn}", report, recorder)
-        if not bounds.broken(bare.modules, errors):
-            return plan, errors, turn
-        measured = [[e for m in bare.modules for e in row[m.name]] for row in errors]
-        tables = recorder.tables().corrected(choice, np.array(measured))
-        # A new choice leads to other activations yet: aim lower each time.
-        aim = bounds.delta * _AIM ** (turn + 1)
-        choice = choose_buckets(tables, aim, bounds.cap_factor, max_buckets, start=choice.schedule)
-    plan = raise_offenders(plan, errors, bounds, candidates)
-    plan, errors, more = _raised(pipe, settings, plan, candidates, bounds, rounds, report)
-    return plan, errors, rounds + more
+def _rows(plan: Plan) -> int:
+    """Rows of a transformer call for one picture."""
+    return 2 if plan.sampler.cfg else 1
 
 
-def _plan_of(bare: Plan, choice: Choice) -> Plan:
-    ends = np.cumsum([module.heads for module in bare.modules])
-    buckets = tuple(
-        Bucket(
-            {
-                module.name: tuple(int(mode) for mode in row[end - module.heads : end])
-                for module, end in zip(bare.modules, ends, strict=True)
-            }
-        )
-        for row in choice.modes
-    )
-    return replace(bare, buckets=buckets, schedule=choice.schedule)
+def _effort(bare: Plan, settings: Denoising, wanted: Wanted, together: bool) -> Effort:
+    """How much is run; together: all prompts in one call, since each choice needs them all."""
+    flops = account(bare, _rows(bare))["transformer_flops"]
+    effort = effort_for(flops, settings.pictures, wanted)
+    return replace(effort, pictures_per_run=settings.pictures) if together else effort
 
 
-def _progressive(
-    pipe: Any,
-    settings: Denoising,
-    bare: Plan,
-    candidates: Mapping[str, Sequence[int]],
-    bounds: Bounds,
-    report: Progress,
-) -> Plan:
-    """Choose at every step as the run comes to it; steps of equal choices share a bucket."""
-    strategy = ChooseHeads(bare.modules, candidates, *bounds)
-    dense = sum(m.heads * kept_pairs(m.layout, FULL, m.text_output) for m in bare.modules)
-
-    def step_done(step: int) -> None:
-        saved = sum(pairs_saved(strategy.savings, modes) for modes in strategy.modes)
-        report("search", step + 1, settings.steps, saved / ((step + 1) * dense))
-
-    denoise(pipe, settings, bare.modules, strategy, step_done)
-    distinct: list[dict[str, tuple[int, ...]]] = []
-    for modes in strategy.modes:
-        if modes not in distinct:
-            distinct.append(modes)
-    schedule = tuple(distinct.index(modes) for modes in strategy.modes)
-    return replace(bare, buckets=tuple(Bucket(modes) for modes in distinct), schedule=schedule)
+def _identity(
+    settings: Denoising, bare: Plan, effort: Effort, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """All that a search's runs depend on."""
+    return fingerprint(settings) | asked | {"plan": bare.sha256, "effort": asdict(effort)}
 
 
 def measure(
@@ -176,58 +118,21 @@ def measure(
     guidance_scale: float | None = None,
     max_sequence_length: int | None = None,
     seed: int = 0,
+    prompts_per_run: int | None = None,
     progress: Progress | None = None,
 ) -> HeadErrors:
     """Run the plan and return, per step, module and head, its error against full attention.
 
-    Both outputs come from the same live q, k, v, which the plan's own output has led to.
+    Both outputs come from the same live q, k, v, which the plan's own output has led to. Errors
+    are told from a sample of rows, which is all of them up to plans.sample.SAMPLE_TOKENS.
     """
     scale = plan.sampler.guidance_scale if guidance_scale is None else guidance_scale
     settings = Denoising(
         prompts, plan.steps, plan.height, plan.width, scale, max_sequence_length, seed
     )
-    return _measure(pipe, settings, plan, "measure", progress or (lambda *_: None))
-
-
-def _measure(
-    pipe: Any,
-    settings: Denoising,
-    plan: Plan,
-    stage: str,
-    report: Progress,
-    recorder: Recorder | None = None,
-) -> HeadErrors:
-    strategy = MeasureHeads(plan, recorder)
-    saved = account(plan, 1)["per_step"]
-
-    def step_done(step: int) -> None:
-        report(stage, step + 1, plan.steps, sum(saved[: step + 1]) / (step + 1))
-
-    denoise(pipe, settings, plan.modules, strategy, step_done)
-    return strategy.errors
-
-
-def _raised(
-    pipe: Any,
-    settings: Denoising,
-    plan: Plan,
-    candidates: Mapping[str, Sequence[int]],
-    bounds: Bounds,
-    rounds: int,
-    report: Progress,
-) -> tuple[Plan, HeadErrors, int]:
-    """Measure, raise the heads that break the bounds, and measure again until none does.
-
-    From the last of `rounds` on they become full at once; each round then leaves fewer heads to
-    raise, so it ends. Returns the plan, its measured errors and the number of measurements.
-    """
-    count = 0
-    while True:
-        count += 1
-        errors = _measure(pipe, settings, plan, f"check {count}", report)
-        if not bounds.broken(plan.modules, errors):
-            return plan, errors, count
-        plan = raise_offenders(plan, errors, bounds, candidates if count < rounds else None)
+    effort = Effort(1, prompts_per_run or max(1, settings.pictures), False)
+    runs = Runs(pipe, settings, effort, {}, progress or (lambda *_: None), Scratch(None, {}, False))
+    return errors_by_module(plan.modules, runs.errors(plan, "measure"))
 
 
 def _check_arguments(
@@ -236,7 +141,9 @@ def _check_arguments(
     cap_factor: float,
     candidates: Sequence[str],
     method: str,
+    max_buckets: int,
 ) -> None:
+    check_bucket_limit(max_buckets)
     if method not in METHODS:
         raise ArrowheadError(
             "search method", got=method, expected=f"one of {', '.join(METHODS)}", fix="name one"
@@ -291,7 +198,7 @@ def _run_record(pipe: Any, settings: Denoising) -> dict[str, Any]:
         "seed": settings.seed,
         "guidance_scale": settings.guidance_scale,
         "max_sequence_length": settings.max_sequence_length,
-        "device": str(pipe.transformer.device),
+        "device": str(getattr(pipe, "_execution_device", pipe.transformer.device)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }

@@ -1,131 +1,77 @@
-"""What the attention of a run does: measure every mode, choose as it goes, or follow a plan."""
+"""What the attention of a run does: choose modes as it goes, or follow a plan and measure it."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from plans.buckets import HeadTables
+from plans import ops
 from plans.models import AttentionModule
 from plans.plan import Plan
-from plans.scores import counted, head_outputs, relative_squared_errors, sample_rows
+from plans.recorder import Recorder, Savings
+from plans.sample import SAMPLE_TOKENS, sample_of
+from plans.scores import Moments, attention, moments
 from plans.solver import choose_modes
-from plans.tiles import CACHED, FULL, kept_pairs
+from plans.tiles import CACHED, FULL
 
 HeadErrors = list[dict[str, list[float]]]  # per step, per module, per head
 
-# Image rows that errors are told from: enough for 1 %, few beside the 16384 of a 2K picture.
-_SAMPLE_TOKENS = 2048
-
-
-class Recorder:
-    """Notes what every arrow, and every full output of 1..ages steps ago, would err at each step.
-
-    What is kept of the past is a sample of rows: ages x about 2048 x H x D items a module.
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[AttentionModule],
-        candidates: Mapping[str, Sequence[int]],
-        steps: int,
-        ages: int,
-    ) -> None:
-        self._modules = modules
-        self._candidates = candidates
-        cached = any(CACHED in modes for modes in candidates.values())
-        self._ages = min(ages, steps - 1) if cached else 0
-        self._past: dict[str, deque[Tensor]] = {
-            module.name: deque(maxlen=self._ages) for module in modules
-        }
-        windows = {mode for modes in candidates.values() for mode in modes if mode >= 0}
-        self._windows = tuple(sorted(windows))
-        # Errors stay on the device until the run is over: [W + ages, H] a step and module.
-        self._errors: list[dict[str, Tensor]] = [{} for _ in range(steps)]
-
-    def note(
-        self, step: int, module: AttentionModule, q: Tensor, k: Tensor, v: Tensor, full: Tensor
-    ) -> None:
-        """Take down a module's errors at a step; q, k, v and full attention [B, S, H, D]."""
-        sample = sample_rows(module, _SAMPLE_TOKENS, full.device)
-        seen = full.index_select(1, sample.rows)
-        past = self._past[module.name]
-        missing = torch.full((module.heads,), torch.inf, device=full.device)
-        errors = [
-            relative_squared_errors(sample.arrow(q, k, v, seen, window), seen, sample.weights)
-            if window in self._candidates[module.name]
-            else missing
-            for window in self._windows
-        ]
-        errors += [relative_squared_errors(old, seen, sample.weights) for old in past]
-        errors += [missing] * (self._ages - len(past))
-        nothing = missing.new_empty(0, module.heads)
-        self._errors[step][module.name] = torch.stack(errors) if errors else nothing
-        past.appendleft(seen)
-
-    def tables(self) -> HeadTables:
-        """Return what the run showed."""
-        rows = [
-            torch.cat([row[module.name] for module in self._modules], dim=1).cpu().numpy()
-            for row in self._errors
-        ]
-        errors = np.stack(rows).astype(np.float64).transpose(0, 2, 1)  # [N, R, W + A]
-        savings = {m.name: head_savings(m, self._candidates[m.name]) for m in self._modules}
-        table = [head for module in self._modules for head in savings[module.name]]
-        arrow = [[head.get(window, 0.0) for window in self._windows] for head in table]
-        return HeadTables(
-            heads=tuple(module.heads for module in self._modules),
-            windows=self._windows,
-            arrow=errors[:, :, : len(self._windows)],
-            cached=errors[:, :, len(self._windows) :],
-            arrow_saving=np.array(arrow).reshape(len(table), len(self._windows)),
-            cached_saving=np.array([head.get(CACHED, 0.0) for head in table]),
-        )
-
 
 class _Heads:
-    """Attends with all heads and keeps what flows on as the next step's cache."""
+    """Projects all heads, and keeps what flows on where a later step may read it."""
 
-    def __init__(self, modules: Sequence[AttentionModule]) -> None:
+    def __init__(self, modules: Sequence[AttentionModule], kept: frozenset[str]) -> None:
         self.step = -1
         self._heads = {module.name: tuple(range(module.heads)) for module in modules}
-        self.errors: HeadErrors = []
-        self.modes: list[dict[str, tuple[int, ...]]] = []
+        self._kept = kept
         self._merged: dict[str, Tensor] = {}
 
     def begin_step(self, step: int) -> None:
         self.step = step
-        self.errors.append({})
-        self.modes.append({})
 
     def computed_heads(self, module: AttentionModule) -> tuple[int, ...]:
         return self._heads[module.name]
 
-    def _flow_on(
-        self,
-        module: AttentionModule,
-        modes: Sequence[int],
-        full: Tensor,
-        arrows: Mapping[int, Tensor],
-        windows: Mapping[int, Sequence[int]],
+    def _merge(
+        self, module: AttentionModule, modes: Sequence[int], q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Merge each head's output in its mode; the merged output is the next step's cache."""
-        merged = full.clone(memory_format=torch.contiguous_format)
-        cached = [head for head, mode in enumerate(modes) if mode == CACHED]
-        if cached:
-            merged[:, :, cached] = self._merged[module.name][:, :, cached]
-        for half_window, heads in windows.items():
-            chosen = [head for head in heads if modes[head] == half_window]
-            if chosen:
-                rows = [heads.index(head) for head in chosen]
-                merged[:, :, chosen] = arrows[half_window][:, :, rows]
-        self._merged[module.name] = merged
-        self.modes[self.step][module.name] = tuple(modes)
+        """Do what a bucket with these modes does; a cache is the step before's merged output."""
+        merged = self._attend(module, modes, q, k, v)
+        if module.name in self._kept:
+            self._merged[module.name] = merged
         return merged
+
+    def _attend(
+        self, module: AttentionModule, modes: Sequence[int], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        if all(mode == FULL for mode in modes):
+            return attention(q, k, v)
+        computed = [head for head, mode in enumerate(modes) if mode != CACHED]
+        if not computed:
+            return self._merged[module.name]
+        if len(computed) < len(modes):
+            heads = _index(tuple(computed), q.device)
+            q, k, v = (x.index_select(2, heads) for x in (q, k, v))
+        layout = module.layout
+        shape = (
+            module.head_dim**-0.5, layout.text_tokens, layout.text_first, layout.block,
+            [modes[head] for head in computed],
+        )  # fmt: skip
+        if len(computed) == len(modes):
+            return ops.arrow_attention(q, k, v, *shape)
+        place = {head: i for i, head in enumerate(computed)}
+        source = [place.get(head, len(computed) + head) for head in range(len(modes))]
+        return ops.cached_head(q, k, v, self._merged[module.name], *shape, source)
+
+
+@lru_cache(maxsize=4096)  # one of each module and bucket: saves a copy to the device a call
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, device=device)
 
 
 class ChooseHeads(_Heads):
@@ -138,29 +84,53 @@ class ChooseHeads(_Heads):
         self,
         modules: Sequence[AttentionModule],
         candidates: Mapping[str, Sequence[int]],
+        savings: Savings,
         delta: float,
         cap_factor: float,
+        image_tokens: int = SAMPLE_TOKENS,
     ) -> None:
-        super().__init__(modules)
-        self.savings = {m.name: head_savings(m, candidates[m.name]) for m in modules}
+        super().__init__(
+            modules, frozenset(n for n, modes in candidates.items() if CACHED in modes)
+        )
+        self.modes: list[dict[str, tuple[int, ...]]] = []
         self._candidates = candidates
+        self.savings = savings
         self._delta = delta
         self._cap_factor = cap_factor
+        self._tokens = image_tokens
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self.modes.append({})
 
     def attend(
         self, module: AttentionModule, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> Tensor:
         assert q is not None and k is not None and v is not None
-        scores: list[dict[int, float]] = [{} for _ in range(module.heads)]
-        candidates = self._candidates[module.name] if self.step else ()
-        windows = {mode: range(module.heads) for mode in candidates if mode >= 0}
-        full, arrows = head_outputs(module, q, k, v, windows)
-        outputs = {**arrows, CACHED: self._merged[module.name]} if CACHED in candidates else arrows
-        for mode, output in outputs.items():
-            errors = relative_squared_errors(counted(module, output), counted(module, full))
-            for head, error in enumerate(errors.tolist()):
-                scores[head][mode] = error
-        return self._flow_on(module, self._choose(module, scores), full, arrows, windows)
+        modes: Sequence[int] = [FULL] * module.heads
+        if self.step:
+            errors = self._errors(module, q, k, v)
+            scores = [{mode: row[head] for mode, row in errors.items()} for head in
+                      range(module.heads)]  # fmt: skip
+            modes = self._choose(module, scores)
+        self.modes[self.step][module.name] = tuple(modes)
+        return self._merge(module, modes, q, k, v)
+
+    def _errors(
+        self, module: AttentionModule, q: Tensor, k: Tensor, v: Tensor
+    ) -> dict[int, list[float]]:
+        """Mode -> what it would err at this step, per head."""
+        candidates = self._candidates[module.name]
+        windows = sorted(mode for mode in candidates if mode >= 0)
+        sample = sample_of(module, q.device, windows, self._tokens)
+        seen = sample.full(q, k, v)
+        order = [*windows, *([CACHED] if CACHED in candidates else [])]
+        outputs = seen.new_empty(len(order), *seen.shape)
+        sample.arrows(q, k, v, seen, outputs)
+        if CACHED in candidates:
+            outputs[-1] = sample.of(self._merged[module.name])
+        errors = moments([outputs], seen, sample.weights).errors().tolist()
+        return dict(zip(order, errors, strict=True))
 
     def _choose(self, module: AttentionModule, scores: list[dict[int, float]]) -> Sequence[int]:
         cap = self._cap_factor * self._delta / module.heads
@@ -170,46 +140,62 @@ class ChooseHeads(_Heads):
 class MeasureHeads(_Heads):
     """Do what a plan says and note how far each head's output is from its full attention."""
 
-    def __init__(self, plan: Plan, recorder: Recorder | None = None) -> None:
-        super().__init__(plan.modules)
+    def __init__(
+        self, plan: Plan, recorder: Recorder | None = None, image_tokens: int = SAMPLE_TOKENS
+    ) -> None:
+        cached = {n for b in plan.buckets for n, modes in b.modes.items() if CACHED in modes}
+        super().__init__(plan.modules, frozenset(cached))
         self._plan = plan
         self._recorder = recorder
+        self._tokens = image_tokens
+        self._moments: list[list[Moments]] = [[] for _ in range(plan.steps)]
 
     def attend(
         self, module: AttentionModule, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> Tensor:
         assert q is not None and k is not None and v is not None
         modes = self._plan.modes_at(self.step)[module.name]
-        windows = {
-            mode: [head for head, own in enumerate(modes) if own == mode]
-            for mode in sorted(set(modes))
-            if mode >= 0
-        }
-        full, arrows = head_outputs(module, q, k, v, windows)
-        merged = self._flow_on(module, modes, full, arrows, windows)
-        errors = relative_squared_errors(counted(module, merged), counted(module, full))
-        self.errors[self.step][module.name] = errors.tolist()
+        merged = self._merge(module, modes, q, k, v)
+        if self._recorder is None:
+            sample = sample_of(module, q.device, (), self._tokens)
+        else:
+            sample = self._recorder.sample(module, q.device)
+        ours = sample.of(merged)
+        full = all(mode == FULL for mode in modes)
+        seen = ours if full else sample.full(q, k, v)
+        self._moments[self.step].append(moments([ours[None]], seen, sample.weights))
         if self._recorder is not None:
-            self._recorder.note(self.step, module, q, k, v, full)
+            self._recorder.note(self.step, module, q, k, v, seen)
         return merged
 
+    def measured(self) -> dict[str, NDArray[np.float64]]:
+        """Return the finished run's "mean" and "spread" [N, R] and "squared" [N, R, 1].
 
-def head_savings(module: AttentionModule, candidates: Sequence[int]) -> list[dict[int, float]]:
-    """Return per head the query/key pairs that each candidate mode saves."""
-    full = kept_pairs(module.layout, FULL, module.text_output)
-    saved = {
-        mode: float(full - kept_pairs(module.layout, mode, module.text_output))
-        for mode in candidates
-    }
-    return [saved] * module.heads
+        What is full errs by nothing, whichever kernel computed it.
+        """
+        rows = [
+            torch.cat([torch.stack([m.mean, m.spread, m.squared[0]]) for m in step], dim=1)
+            for step in self._moments
+        ]
+        table = torch.stack(rows).cpu().numpy().astype(np.float64)
+        squared = np.where(self._is_full(), 0.0, table[:, 2])
+        return {"mean": table[:, 0], "spread": table[:, 1], "squared": squared[:, :, None]}
+
+    def _is_full(self) -> NDArray[np.bool_]:
+        modes = [
+            [mode for module in self._plan.modules for mode in
+             self._plan.modes_at(step)[module.name]] for step in range(self._plan.steps)
+        ]  # fmt: skip
+        return np.array(modes) == FULL
 
 
-def pairs_saved(
-    savings: Mapping[str, list[dict[int, float]]], modes: Mapping[str, Sequence[int]]
-) -> float:
-    """Return the query/key pairs that one step's modes save."""
-    return sum(
-        savings[name][head].get(mode, 0.0)
-        for name, row in modes.items()
-        for head, mode in enumerate(row)
-    )
+def errors_by_module(modules: Sequence[AttentionModule], errors: NDArray[np.float64]) -> HeadErrors:
+    """Split errors [N, R] by module."""
+    ends = np.cumsum([module.heads for module in modules])
+    return [
+        {
+            module.name: row[end - module.heads : end].tolist()
+            for module, end in zip(modules, ends, strict=True)
+        }
+        for row in errors
+    ]

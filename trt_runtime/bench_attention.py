@@ -40,14 +40,7 @@ def measure_attention(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Time the mixes of some CASES; raise ArrowheadError without a GPU or the kernel library."""
-    if not torch.cuda.is_available():
-        raise ArrowheadError(
-            "bench attention",
-            got="no GPU that this PyTorch can use",
-            expected="an NVIDIA GPU of compute capability 8.0 or higher",
-            fix="run it where there is one; `arrowhead doctor` says what this machine has",
-        )
-    load_library()
+    require_gpu("bench attention")
     rows: list[Row] = []
     for i, name in enumerate(cases):
         if progress is not None:
@@ -64,6 +57,18 @@ def measure_attention(
         "git_commit": git_commit(),
         "rows": rows,
     }
+
+
+def require_gpu(what: str) -> None:
+    """Load the kernel library; raise ArrowheadError without it or a GPU."""
+    if not torch.cuda.is_available():
+        raise ArrowheadError(
+            what,
+            got="no GPU that this PyTorch can use",
+            expected="an NVIDIA GPU of compute capability 8.0 or higher",
+            fix="run it where there is one; `arrowhead doctor` says what this machine has",
+        )
+    load_library()
 
 
 class Problem:

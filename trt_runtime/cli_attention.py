@@ -10,6 +10,7 @@ from trt_runtime.cli_common import (
     Verbs,
     add_json,
     add_verb,
+    cache_folder,
     make_parent,
     progress_bar,
     show_table,
@@ -26,7 +27,9 @@ def add_attention(actions: Verbs) -> None:
         "time attention alone on a GPU: the kernel library against what PyTorch has",
         "  arrowhead bench attention\n"
         "  arrowhead bench attention --case flux-2k --implementation arrowhead sdpa-cudnn \\\n"
-        "      --launches 400 --json attention.json --plot roofline.png",
+        "      --launches 400 --json attention.json --plot roofline.png\n"
+        "  arrowhead bench attention --price --case flux-2k\n"
+        "  arrowhead bench attention --price prices.json --plan plan.json",
     )
     parser.add_argument(
         "--case",
@@ -52,11 +55,58 @@ def add_attention(actions: Verbs) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw TFLOP/s over the share of pairs kept"
     )
+    parser.add_argument(
+        "--price",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="measure what a head costs in each mode, for `arrowhead plan search --prices`; FILE "
+        "is by default one of this GPU and kernel build in the user's cache folder",
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="PLAN",
+        help="with --price: the shapes of this plan's modules, in place of --case",
+    )
     add_json(parser)
+
+
+def _price(arguments: argparse.Namespace) -> int:
+    """Measure prices, add them to the file, and print them."""
+    from plans.plan import load_plan
+    from plans.prices import load_prices, merged, save_prices
+    from trt_runtime.bench_price import (
+        TABLE,
+        measure_prices,
+        prices_file,
+        shape_of_case,
+        shapes_of,
+        table,
+    )
+
+    path = Path(arguments.price) if arguments.price else prices_file(cache_folder())
+    if arguments.plan is not None:
+        plan = load_plan(arguments.plan)
+        shapes = shapes_of(plan.modules, 2 if plan.sampler.cfg else 1)
+    else:
+        shapes = [shape_of_case(CASES[name]) for name in arguments.case]
+    with progress_bar() as progress:
+        prices = measure_prices(
+            shapes, launches=arguments.launches, rounds=arguments.rounds, progress=progress
+        )
+    if path.is_file():
+        prices = merged(load_prices(path), prices)
+    save_prices(prices, path)
+    show_table(f"{prices.device}, kernels {prices.kernel}: milliseconds", TABLE, table(prices))
+    print(f"prices: {path}")
+    return 0
 
 
 def attention(arguments: argparse.Namespace) -> int:
     """Time the cases and print the table."""
+    if arguments.price is not None:
+        return _price(arguments)
     from trt_runtime.bench_attention import HEADER, draw_roofline, measure_attention, table
 
     with progress_bar() as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -163,6 +164,12 @@ def write_json(report: Any, target: str) -> None:
     else:
         make_parent(Path(target))
         atomic_write(Path(target), text)
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made again: prices of devices, runs of searches."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "arrowhead"
 
 
 def make_parent(path: Path) -> None:

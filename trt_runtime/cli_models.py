@@ -21,8 +21,22 @@ from trt_runtime.pipeline import load_source_pipeline
 def load_for_planning(arguments: argparse.Namespace) -> Any:
     """Load the pipeline that --model, --revision, --dtype and --device name."""
     dtype = DTYPES[dtype_of(arguments.dtype)]
+    offload = getattr(arguments, "offload", "none")
+    if offload != "none" and not arguments.device.startswith("cuda"):
+        raise ArrowheadError(
+            "--offload",
+            got=f"{offload} with device {arguments.device}",
+            expected="a GPU to move weights to",
+            fix="add --device cuda, or leave it out",
+        )
     pipe = load_source_pipeline(arguments.model, dtype=dtype, revision=arguments.revision)
-    return pipe.to(arguments.device)
+    if offload == "none":
+        return pipe.to(arguments.device)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=arguments.device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=arguments.device)
+    return pipe
 
 
 def sampling_of(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:

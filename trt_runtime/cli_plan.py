@@ -10,7 +10,6 @@ from plans.accounting import account
 from plans.plan import Plan, check_plan, load_plan, save_plan
 from trt_runtime.cli_common import (
     Verbs,
-    add_prompts,
     add_verb,
     make_parent,
     percent,
@@ -18,16 +17,16 @@ from trt_runtime.cli_common import (
     prompts_of,
 )
 from trt_runtime.cli_plan_show import rows_of, show_plan
+from trt_runtime.cli_search import add_buckets, add_sampling, add_search, search_options
 from trt_runtime.cli_synthetic import add_synthetic
 from trt_runtime.plan_text import apply_edits, differences, parse_edit
-
-DIVISORS = (8, 16, 32)
 
 
 def add_verbs(verbs: Verbs) -> None:
     parser = verbs.add_parser("plan", help="search, show, compare, edit, import and check plans")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    _add_search(actions)
+    add_search(actions, search)
+    add_buckets(actions)
     _add_import(actions)
     add_synthetic(actions)
     show_parser = add_verb(
@@ -84,85 +83,6 @@ def _add_check(actions: Verbs) -> None:
     parser.add_argument("--revision", metavar="NAME", help="of the hub id")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Arguments that fix what a plan is for; None leaves the pipeline's own default."""
-    parser.add_argument(
-        "-m", "--model", required=True, help="folder in diffusers' format, or hub id"
-    )
-    parser.add_argument("--revision", metavar="NAME", help="of the hub id")
-    parser.add_argument("--num-inference-steps", type=int, metavar="N")
-    parser.add_argument("--height", type=int, metavar="PIXELS")
-    parser.add_argument("--width", type=int, metavar="PIXELS")
-    parser.add_argument("--guidance-scale", type=float, metavar="X")
-    parser.add_argument("--max-sequence-length", type=int, metavar="T")
-    parser.add_argument(
-        "--block",
-        type=int,
-        default=128,
-        metavar="TOKENS",
-        help="image tokens of a block (default 128; 16 gives 1024 tokens the geometry of 2K)",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--dtype", default="fp32", help="of the run: fp32 (default), fp16, bf16")
-
-
-def _add_search(actions: Verbs) -> None:
-    parser = add_verb(
-        actions,
-        "search",
-        search,
-        "search a plan for a checkpoint: record a calibration run, choose, measure",
-        "  arrowhead plan search --model stabilityai/stable-diffusion-3-medium-diffusers \\\n"
-        "      --num-inference-steps 28 --delta 0.2 --device cuda --dtype fp16 --output plan.json\n"
-        "  arrowhead plan search --model my-model --candidates cache --prompts prompts.txt \\\n"
-        "      --output cache-only.json",
-    )
-    _add_sampling(parser)
-    add_prompts(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the plan")
-    picture = "picture of the plan (default: beside it, .png)"
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
-    parser.add_argument(
-        "--delta",
-        type=float,
-        default=0.2,
-        metavar="X",
-        help="bound on the error of each step and module (default 0.2): more saves more",
-    )
-    parser.add_argument(
-        "--cap-factor",
-        type=float,
-        default=1.5,
-        metavar="C",
-        help="a head may err by C * delta / heads (default 1.5)",
-    )
-    parser.add_argument(
-        "--candidates",
-        nargs="+",
-        default=["arrow", "cache"],
-        choices=("arrow", "cache"),
-        help="what to try beside full attention (default: both)",
-    )
-    parser.add_argument(
-        "--divisors",
-        type=int,
-        nargs="+",
-        default=list(DIVISORS),
-        metavar="K",
-        help="arrow half windows are V / 2K image tokens (default 8 16 32)",
-    )
-    parser.add_argument(
-        "--method",
-        choices=("joint", "progressive"),
-        default="joint",
-        help="joint (default): at most --max-buckets graphs, chosen together with their schedule; "
-        "progressive: DiTFastAttnV2's own search, step by step, a graph for each step",
-    )
-    graphs = "graphs of the joint search at most (default 4)"
-    parser.add_argument("--max-buckets", type=int, default=4, metavar="K", help=graphs)
-    parser.add_argument("--seed", type=int, default=0)
-
-
 def _add_import(actions: Verbs) -> None:
     parser = add_verb(
         actions,
@@ -174,7 +94,7 @@ def _add_import(actions: Verbs) -> None:
     )
     parser.add_argument("head_options", type=Path, metavar="HEAD_OPTIONS")
     parser.add_argument("output_shares", type=Path, metavar="OUTPUT_SHARES")
-    _add_sampling(parser)
+    add_sampling(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
 
 
@@ -182,28 +102,27 @@ def search(arguments: argparse.Namespace) -> int:
     """Search, write the plan and its picture, and print what was found."""
     from plans.search import search_plan
     from trt_runtime.cli_models import load_for_planning, sampling_of
+    from trt_runtime.kernels import use_kernels
 
+    options = search_options(arguments)
     pipe = load_for_planning(arguments)
+    print(f"attention of plans: {use_kernels(arguments.device, pipe.transformer.dtype)}")
     prompts = prompts_of(arguments, arguments.model)
-    with progress_bar() as advance:
-        plan = search_plan(
-            pipe,
-            prompts,
-            **sampling_of(pipe, arguments),
-            delta=arguments.delta,
-            cap_factor=arguments.cap_factor,
-            divisors=tuple(arguments.divisors),
-            candidates=tuple(arguments.candidates),
-            block=arguments.block,
-            method=arguments.method,
-            max_buckets=arguments.max_buckets,
-            seed=arguments.seed,
-            source=arguments.model,
-            revision=arguments.revision,
-            progress=lambda stage, done, total, saved: advance(
-                f"{stage}, {percent(saved)} saved" if saved else stage, done, total
-            ),
-        )
+    try:
+        with progress_bar() as advance:
+            plan = search_plan(
+                pipe,
+                prompts,
+                **sampling_of(pipe, arguments),
+                **options,
+                announce=print,
+                progress=lambda stage, done, total, saved: advance(
+                    f"{stage}, {percent(saved)} saved" if saved else stage, done, total
+                ),
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume takes up the runs that are done")
+        raise
     make_parent(arguments.output)
     save_plan(plan, arguments.output)
     _draw(plan, arguments.picture or arguments.output.with_suffix(".png"))

@@ -46,10 +46,17 @@ def _search_facts(record: dict[str, Any] | None) -> list[str]:
     if record.get("method") == "synthetic":
         return ["synthetic: nothing was measured, good for speed alone"]
     worst = max((max(row) for row in record.get("errors", {}).values()), default=0.0)
-    return [
-        f"search: delta {record.get('delta')}, largest measured error of a step and "
-        f"module {worst:.4g}, {record.get('seconds')} s"
+    facts = [
+        f"search: delta {record.get('delta')}, largest {record.get('basis', 'measured')} error of "
+        f"a step and module {worst:.4g}, {record.get('seconds')} s"
     ]
+    if "prices" in record:
+        told = record["prices"]
+        facts.append(
+            f"attention and q, k, v as priced on {told['device']}: "
+            f"{told['dense_ms'] - told['saved_ms']:.1f} of {told['dense_ms']:.1f} ms"
+        )
+    return facts
 
 
 def _show_buckets(plan: Plan, accounting: dict[str, Any]) -> None:

@@ -96,3 +96,10 @@ def load_library() -> ctypes.CDLL:
             fix="build it again from this source: `make plugins`",
         )
     return library
+
+
+def build_id() -> str:
+    """Which build of the kernels the library holds."""
+    function = load_library().arrowhead_build_id
+    function.restype = ctypes.c_char_p
+    return function().decode()

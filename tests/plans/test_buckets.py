@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plans.buckets import Choice, HeadTables, choose_buckets
+from plans.buckets import Choice, _Judge, choose_buckets, corrected
 from plans.errors import ArrowheadError
+from plans.estimate import Estimate
+from plans.optimum import per_step_bound
+from plans.tables import HeadTables, load_tables, save_tables
 from plans.tiles import CACHED, FULL
 
 WINDOWS = (1, 4)
@@ -136,18 +141,68 @@ def test_a_measurement_corrects_what_caches_err() -> None:
     cached = choice.modes[list(choice.schedule)] == CACHED
     assert cached.any()
     measured = np.where(cached, 1.7 * predicted, predicted)
-    corrected = tables.corrected(choice, measured)
-    np.testing.assert_allclose(_errors(corrected, choice.modes, choice.schedule), measured)
+    learnt = corrected(tables, choice, measured)
+    np.testing.assert_allclose(_errors(learnt, choice.modes, choice.schedule), measured)
 
 
-def test_large_models_are_judged_on_some_modules() -> None:
-    tables = _tables(steps=6, heads=[24] * 20, ages=3, seed=2)
-    some = tables.some(100)
-    assert some.heads == (24,) * 4 and some.arrow.shape == (6, 96, 2)
-    np.testing.assert_array_equal(some.cached[:, :24], tables.cached[:, :24])
-    np.testing.assert_array_equal(some.cached[:, -24:], tables.cached[:, -24:])
+def test_large_models_are_chosen_for_by_the_estimate() -> None:
+    tables = _tables(steps=6, heads=[24] * 9, ages=3, seed=2)
     choice = choose_buckets(tables, 0.4, 1.5, 3)
     assert _legal(tables, _errors(tables, choice.modes, choice.schedule), 0.4, 1.5)
+    assert _saved(choice) == pytest.approx(choice.saving)
+    again = choose_buckets(tables, 0.3, 1.5, 3, start=choice.schedule)
+    assert _legal(tables, _errors(tables, again.modes, again.schedule), 0.3, 1.5)
+    assert 0 < again.saving <= choice.saving
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.integers(1, 7), heads=st.lists(st.integers(1, 3), min_size=1, max_size=30),
+    ages=st.integers(0, 4), schedule=st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_the_estimate_is_exact_where_no_sum_binds(
+    steps: int, heads: list[int], ages: int, schedule: list[int], seed: int
+) -> None:
+    tables = _tables(steps, heads, ages, seed)
+    rows = sum(heads)
+    plan = (0, *schedule)[:steps]
+    cap = 0.2
+    estimate = Estimate(tables, np.full(rows, cap)).saving(plan)
+    # One head a module, so that the bound on sums is no tighter than the cap.
+    alone = replace(tables, heads=(1,) * rows)
+    assert estimate == pytest.approx(_Judge(alone, cap, 1.0).saving(plan), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_saves_more_than_the_bound(seed: int) -> None:
+    tables = _tables(steps=5, heads=[2, 1], ages=3, seed=seed)
+    bound = per_step_bound(tables, 0.3, 1.5)
+    for buckets in (1, 2, 5):
+        assert choose_buckets(tables, 0.3, 1.5, buckets).saving <= bound * (1 + 1e-9)
+    best = 0.0  # of one head alone, all sequences tried
+    one = replace(
+        tables, heads=(1,), arrow=tables.arrow[:, :1], cached=tables.cached[:, :1],
+        arrow_saving=tables.arrow_saving[:1], cached_saving=tables.cached_saving[:1],
+    )  # fmt: skip
+    for modes in itertools.product(SAVING, repeat=4):
+        choice = Choice(np.array([[FULL], *([mode] for mode in modes)]), tuple(range(5)), 0.0)
+        if _legal(one, _errors(one, choice.modes, choice.schedule), 0.3, 1.0):
+            best = max(best, _saved(choice))
+    assert per_step_bound(one, 0.3, 1.0) == pytest.approx(best, rel=0.02)
+    assert per_step_bound(one, 0.3, 1.0) >= best * (1 - 1e-9)
+
+
+def test_tables_come_back_from_their_file(tmp_path: Path) -> None:
+    tables = _tables(steps=4, heads=[2, 3], ages=2, seed=0)
+    save_tables(tables, tmp_path / "tables.npz")
+    back = load_tables(tmp_path / "tables.npz")
+    assert back.heads == tables.heads and back.windows == tables.windows
+    for name in ("arrow", "cached", "arrow_saving", "cached_saving", "drift"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(tables, name))
+    (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ArrowheadError, match="tables .*other.npz"):
+        load_tables(tmp_path / "other.npz")
 
 
 def test_no_buckets_are_refused() -> None:

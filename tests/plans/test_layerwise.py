@@ -9,6 +9,7 @@ import pytest
 
 from plans.cache_flow import cache_flow, every_write
 from plans.layerwise import ChooseModules
+from plans.recorder import head_savings
 from plans.tiles import CACHED, FULL
 from tests import tiny
 
@@ -19,7 +20,9 @@ from tests import tiny
 def test_a_module_takes_what_saves_most_within_its_sum(delta: float, expected: int) -> None:
     """Four heads that err 0.1 each with window 2, 0.25 with window 1, 1 with a cache."""
     module = tiny.spec_of(tiny.tiny_flux()).modules[0]
-    strategy = ChooseModules((module,), {module.name: (2, 1, CACHED)}, delta, 1.0)
+    modes = (2, 1, CACHED)
+    savings = {module.name: head_savings(module, modes)}
+    strategy = ChooseModules((module,), {module.name: modes}, savings, delta, 1.0)
     scores: list[dict[int, float]] = [{2: 0.1, 1: 0.25, CACHED: 1.0}] * module.heads
     chosen: Sequence[int] = strategy._choose(module, scores)
     assert list(chosen) == [expected] * module.heads

@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FluxPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 from plans.accounting import account
 from plans.bounds import Bounds, raise_offenders
@@ -21,91 +15,23 @@ from plans.errors import ArrowheadError
 from plans.models import AttentionModule
 from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
 from plans.processors import BucketHeads, install
-from plans.reference import arrow_attention
-from plans.scores import counted, head_outputs, relative_squared_errors, sample_rows
-from plans.search import measure, search_plan
-from plans.strategies import Recorder
+from plans.scores import counted, relative_squared_errors
+from plans.search import measure
 from plans.tiles import CACHED, FULL, TokenLayout
 from tests.tiny import (
-    BLOCK,
-    HEIGHT,
-    JOINT_DIM,
-    POOLED_DIM,
     TEXT_TOKENS,
-    WIDTH,
     random_plan,
     with_modes,
 )
-from tests.tiny import tiny_flux as flux_transformer
 from tests.tiny import tiny_sd3 as sd3_transformer
-
-STEPS = 5
-
-
-def _vae(latent_channels: int) -> AutoencoderKL:
-    channels = (4, 4, 4, 4)  # four levels: one latent pixel is eight pixels
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
-        latent_channels=latent_channels,
-        norm_num_groups=2,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0,
-    )
-
-
-def _sd3(scheduler: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
-    pipe = StableDiffusion3Pipeline(
-        sd3_transformer(), scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(4),
-        None, None, None, None, None, None,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    prompts = {
-        name: torch.randn(2, *shape, generator=generator)
-        for prefix in ("", "negative_")
-        for name, shape in (
-            (f"{prefix}prompt_embeds", (TEXT_TOKENS, JOINT_DIM)),
-            (
-                "pooled_prompt_embeds" if not prefix else "negative_pooled_prompt_embeds",
-                (POOLED_DIM,),
-            ),
-        )
-    }
-    return pipe, prompts
-
-
-def _flux() -> tuple[Any, dict[str, torch.Tensor]]:
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = FluxPipeline(scheduler, _vae(4), None, None, None, None, flux_transformer())
-    generator = torch.Generator().manual_seed(1)
-    return pipe, {
-        "prompt_embeds": torch.randn(2, TEXT_TOKENS, JOINT_DIM, generator=generator),
-        "pooled_prompt_embeds": torch.randn(2, POOLED_DIM, generator=generator),
-    }
-
-
-def _search(pipe: Any, prompts: Any, **changes: Any) -> Plan:
-    arguments: dict[str, Any] = dict(
-        steps=STEPS,
-        height=HEIGHT,
-        width=WIDTH,
-        delta=0.3,
-        block=BLOCK,
-        divisors=(4, 8),
-        guidance_scale=4.0,
-        max_buckets=3,
-    )
-    return search_plan(pipe, prompts, **{**arguments, **changes})
+from tests.tiny_pipelines import STEPS, flux_pipeline, sd3_pipeline, search
 
 
 @pytest.fixture(scope="module", params=["sd3", "flux"])
 def searched(request: pytest.FixtureRequest) -> tuple[Any, Any, Plan, list]:
-    pipe, prompts = _sd3() if request.param == "sd3" else _flux()
+    pipe, prompts = sd3_pipeline() if request.param == "sd3" else flux_pipeline()
     reports: list = []
-    plan = _search(pipe, prompts, progress=lambda *report: reports.append(report))
+    plan = search(pipe, prompts, progress=lambda *report: reports.append(report))
     return pipe, prompts, plan, reports
 
 
@@ -166,27 +92,27 @@ def test_what_was_measured_is_what_the_buckets_do(searched: Any) -> None:
 
 
 def test_delta_zero_is_dense() -> None:
-    plan = _search(*_sd3(), delta=0.0)
+    plan = search(*sd3_pipeline(), delta=0.0)
     assert len(plan.buckets) == 1
     assert plan.accounting["attention_flops_saved"] == 0
 
 
 def test_more_delta_saves_no_less_and_candidates_are_obeyed() -> None:
-    pipe, prompts = _flux()
-    arrows = _search(pipe, prompts, candidates=("arrow",), delta=2.0)
-    caches = _search(pipe, prompts, candidates=("cache",), delta=2.0)
+    pipe, prompts = flux_pipeline()
+    arrows = search(pipe, prompts, candidates=("arrow",), delta=2.0)
+    caches = search(pipe, prompts, candidates=("cache",), delta=2.0)
     assert not any(CACHED in m for b in arrows.buckets for m in b.modes.values())
     assert all(max(m) < 0 for b in caches.buckets for m in b.modes.values())
     assert (
-        _search(pipe, prompts, delta=0.05).accounting["attention_flops_saved"]
-        <= _search(pipe, prompts, delta=2.0).accounting["attention_flops_saved"]
+        search(pipe, prompts, delta=0.05).accounting["attention_flops_saved"]
+        <= search(pipe, prompts, delta=2.0).accounting["attention_flops_saved"]
     )
 
 
 def test_search_is_deterministic_and_leaves_the_pipeline_as_it_was() -> None:
-    pipe, prompts = _sd3()
+    pipe, prompts = sd3_pipeline()
     before = dict(pipe.transformer.attn_processors)
-    first, second = _search(pipe, prompts), _search(pipe, prompts)
+    first, second = search(pipe, prompts), search(pipe, prompts)
     assert first.sha256 == second.sha256
     assert pipe.transformer.attn_processors == before
     assert not pipe.transformer._forward_pre_hooks and not pipe.transformer._forward_hooks
@@ -210,22 +136,6 @@ def test_raise_offenders_goes_by_the_ladder() -> None:
     assert raised.buckets[1].modes[module.name] == (1, 0, 1, CACHED)
 
 
-@pytest.mark.parametrize("text_first", [False, True])
-@pytest.mark.parametrize("text_tokens", [0, 7])
-@pytest.mark.parametrize("block", [1, 16, 128])
-def test_head_outputs_match_the_reference(text_first: bool, text_tokens: int, block: int) -> None:
-    layout = TokenLayout(300, text_tokens, text_first, block)
-    module = AttentionModule("attn", 3, 8, layout, True)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, layout.seq_len, 3, 8, generator=generator) for _ in range(3))
-    full, arrows = head_outputs(module, q, k, v, {1: [0, 1, 2], 0: [0, 2]})
-    shape = dict(scale=8**-0.5, text_tokens=text_tokens, text_first=text_first, block=block)
-    for half_window, output, heads in ((FULL, full, [0, 1, 2]), (1, arrows[1], [0, 1, 2]),
-                                       (0, arrows[0], [0, 2])):  # fmt: skip
-        expected = arrow_attention(q, k, v, half_windows=[half_window] * 3, **shape)
-        torch.testing.assert_close(output, expected[:, :, heads], atol=2e-6, rtol=1e-5)
-
-
 def test_errors_leave_discarded_text_out() -> None:
     layout = TokenLayout(6, 2, True, 2)
     full = torch.randn(1, 8, 2, 4)
@@ -242,69 +152,24 @@ def test_errors_leave_discarded_text_out() -> None:
     assert errors(False) == [0.0, torch.inf]
 
 
-@pytest.mark.parametrize("text_first", [False, True])
-@pytest.mark.parametrize("text_output", [False, True])
-def test_records_are_the_errors_of_all_rows_where_they_fit(
-    text_first: bool, text_output: bool
-) -> None:
-    layout = TokenLayout(300, 7, text_first, 16)
-    module = AttentionModule("attn", 3, 8, layout, text_output)
-    recorder = Recorder([module], {"attn": (0, 2, CACHED)}, steps=4, ages=2)
-    generator = torch.Generator().manual_seed(0)
-    outputs = []
-    for step in range(4):
-        q, k, v = (torch.randn(2, layout.seq_len, 3, 8, generator=generator) for _ in range(3))
-        full, arrows = head_outputs(module, q, k, v, {0: range(3), 2: range(3)})
-        recorder.note(step, module, q, k, v, full)
-        outputs.append((counted(module, full), [counted(module, arrows[w]) for w in (0, 2)]))
-    tables = recorder.tables()
-    assert tables.windows == (0, 2) and tables.heads == (3,)
-    for step, (full, arrows_seen) in enumerate(outputs):
-        for column, arrow in enumerate(arrows_seen):
-            want = relative_squared_errors(arrow, full)
-            torch.testing.assert_close(torch.tensor(tables.arrow[step, :, column]).float(), want)
-        for age in (1, 2):
-            got = torch.tensor(tables.cached[step, :, age - 1]).float()
-            want = torch.full((3,), torch.inf)
-            if age <= step:
-                want = relative_squared_errors(outputs[step - age][0], full)
-            torch.testing.assert_close(got, want)
-
-
-def test_a_sample_of_rows_tells_the_error_of_all() -> None:
-    layout = TokenLayout(4096, 33, False, 64)
-    module = AttentionModule("attn", 2, 16, layout, True)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, layout.seq_len, 2, 16, generator=generator) for _ in range(3))
-    full, arrows = head_outputs(module, q, k, v, {3: range(2)})
-    sample = sample_rows(module, 1024, full.device)
-    assert len(sample.rows) == 33 + 1024 and sample.weights.sum() == layout.seq_len
-    seen = full[:, sample.rows]
-    arrow = sample.arrow(q, k, v, seen, 3)
-    torch.testing.assert_close(arrow, arrows[3][:, sample.rows])
-    want = relative_squared_errors(arrows[3], full)
-    got = relative_squared_errors(arrow, seen, sample.weights)
-    torch.testing.assert_close(got, want, rtol=0.1, atol=0)
-
-
 def test_as_many_buckets_as_steps_are_chosen_step_by_step() -> None:
-    pipe, prompts = _sd3()
-    both = [_search(pipe, prompts, max_buckets=STEPS), _search(pipe, prompts, method="progressive")]
+    pipe, prompts = sd3_pipeline()
+    both = [search(pipe, prompts, max_buckets=STEPS), search(pipe, prompts, method="progressive")]
     assert both[0].sha256 == both[1].sha256
     assert both[0].search["method"] == both[1].search["method"] == "progressive"
     assert both[0].search["measurements"] == 1
 
 
 def test_two_calls_per_step_are_refused() -> None:
-    pipe, prompts = _flux()
+    pipe, prompts = flux_pipeline()
     negative = {f"negative_{name}": value for name, value in prompts.items()}
     with pytest.raises(ArrowheadError, match="transformer calls of FluxPipeline.*true CFG"):
-        _search(pipe, {**prompts, **negative, "true_cfg_scale": 4.0})
+        search(pipe, {**prompts, **negative, "true_cfg_scale": 4.0})
 
 
 def test_schedulers_of_higher_order_are_refused() -> None:
     with pytest.raises(ArrowheadError, match="FlowMatchHeunDiscreteScheduler.*one per step"):
-        _search(*_sd3(FlowMatchHeunDiscreteScheduler()))
+        search(*sd3_pipeline(FlowMatchHeunDiscreteScheduler()))
 
 
 def test_other_pipelines_are_refused() -> None:
@@ -312,7 +177,7 @@ def test_other_pipelines_are_refused() -> None:
         pass
 
     with pytest.raises(ArrowheadError, match="got StableDiffusionXLPipeline; expected one of"):
-        _search(StableDiffusionXLPipeline(), ["a cat"])
+        search(StableDiffusionXLPipeline(), ["a cat"])
 
 
 @pytest.mark.parametrize(
@@ -328,9 +193,9 @@ def test_other_pipelines_are_refused() -> None:
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _search(*_flux(), **changes)
+        search(*flux_pipeline(), **changes)
 
 
 def test_no_prompts_are_refused() -> None:
     with pytest.raises(ArrowheadError, match="5 steps, 0 prompts"):
-        _search(_flux()[0], [])
+        search(flux_pipeline()[0], [])

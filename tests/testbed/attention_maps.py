@@ -29,7 +29,7 @@ from torch import Tensor
 
 from plans.denoising import Denoising, denoise, dense_plan_of
 from plans.models import AttentionModule
-from plans.scores import counted, head_outputs, relative_squared_errors
+from plans.scores import attention, counted, relative_squared_errors
 from plans.tiles import TokenLayout
 from tests.testbed.evaluate import held_out_captions
 from tests.testbed.models import T5_LENGTH
@@ -117,7 +117,7 @@ class WatchHeads:
         self, module: AttentionModule, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> Tensor:
         assert q is not None and k is not None and v is not None
-        full, _ = head_outputs(module, q, k, v, {})
+        full = attention(q, k, v)
         row = full[-1:]
         if self._now == self._watched:
             before = counted(module, self._before[module.name])

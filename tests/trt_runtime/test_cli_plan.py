@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,19 @@ def test_show_prints_modes_and_savings(plan_file: Path, capsys: pytest.CaptureFi
     assert "transformer_blocks.0.attn2" in out
     assert "attention saved" in out
     assert picture.stat().st_size > 1000
+
+
+def test_show_says_what_a_search_stands_on(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = {"device": "a GPU", "kernel": "0123", "dense_ms": 100.0, "saved_ms": 37.5}
+    record = {"delta": 0.2, "basis": "predicted", "seconds": 3.0, "prices": prices,
+              "errors": {plan.modules[0].name: [0.1, 0.15]}}  # fmt: skip
+    save_plan(replace(plan, search=record), tmp_path / "plan.json")
+    assert main(["plan", "show", str(tmp_path / "plan.json")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "largest predicted error of a step and module 0.15" in out
+    assert "as priced on a GPU: 62.5 of 100.0 ms" in out
 
 
 def test_check_and_edit_and_diff(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +98,9 @@ def test_a_gpu_that_is_not_there_is_refused(
 
 def test_every_verb_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = ["export", "build", "run", "bench", "verify", "inspect", "doctor"]
-    actions = [["plan", a] for a in ("search", "show", "diff", "edit", "import", "check")]
+    actions = [
+        ["plan", a] for a in ("search", "buckets", "show", "diff", "edit", "import", "check")
+    ]
     for words in [[verb] for verb in verbs] + actions:
         with pytest.raises(SystemExit):
             parser().parse_args([*words, "--help"])
@@ -117,6 +134,63 @@ def test_search_writes_a_plan_that_fits_its_model(
     model = str(folder.parent / "model")
     assert main(["plan", "check", str(target), "--model", model]) == 0
     assert f"fits {model}" in capsys.readouterr().out
+
+
+def test_search_keeps_its_tables_and_buckets_are_compared(
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, _, _ = torch_bundle("flux")
+    tables, target = tmp_path / "kept" / "tables.npz", tmp_path / "plan.json"
+    command = ["plan", "search", *sampling(folder), "--prompt", "a cat", "--prompt", "a dog",
+               "--delta", "0.5", "--divisors", "2", "4", "--max-buckets", "3", "--resume",
+               "--prompts-per-run", "1", "--rounds", "2", "--no-final-check",
+               "--sample-tokens", "16", "--tables", str(tables),
+               "--output", str(target)]  # fmt: skip
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "memory beside the model" in out and "attention of plans: reference" in out
+    plan = load_plan(target)
+    assert plan.search is not None and plan.search["sample_tokens"] == 16
+    assert f"largest {plan.search['basis']} error" in out
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+    report = tmp_path / "buckets.json"
+    more = ["--delta", "0.5", "--max-buckets", "1", "2", "3", "--json", str(report)]
+    assert main(["plan", "buckets", str(tables), *more]) == 0
+    assert "a graph for each step" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    saved = [row["saved"] for row in found["rows"]]
+    assert saved[0] == 0 and saved == sorted(saved) and saved[-1] <= found["bound"] + 1e-9
+    assert [row["loss"] for row in found["rows"]][0] == pytest.approx(1)
+
+
+def test_an_interrupted_search_says_how_to_go_on(
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from plans import search
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "search_plan", cut)
+    folder, _, _ = torch_bundle("flux")
+    command = ["plan", "search", *sampling(folder), "--output", str(tmp_path / "plan.json")]
+    assert main(command) == 130
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_offload_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "search", "--model", "any", "--offload", "model", "--output"]
+    assert main([*command, str(tmp_path / "plan.json")]) == 2
+    assert "--offload | got model with device cpu" in capsys.readouterr().err
 
 
 def test_import_translates_the_references_pickles(

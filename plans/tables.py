@@ -1,0 +1,68 @@
+"""What each mode of each head would err and save: what modes and schedules are chosen from."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plans.errors import ArrowheadError, atomic_write
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """What each mode of each head would err and save; R heads, module by module.
+
+    arrow: [N, R, W] errors of W half windows, ascending in blocks; cached: [N, R, A] errors of the
+    full output of 1..A steps before; infinite where there is none. arrow_saving: [R, W] and
+    cached_saving: [R], query/key pairs a step. A step that reads a cache errs by the cache's age
+    and by the arrow it was computed with, as if the two were uncorrelated; times drift, [N, R],
+    how much more it turned out to be.
+    """
+
+    heads: tuple[int, ...]  # of each module
+    windows: tuple[int, ...]
+    arrow: Floats
+    cached: Floats
+    arrow_saving: Floats
+    cached_saving: Floats
+    drift: Floats = field(default_factory=lambda: np.ones((1, 1)))
+
+    @property
+    def steps(self) -> int:
+        return self.arrow.shape[0]
+
+    @property
+    def starts(self) -> Ints:
+        """First row of each module."""
+        return np.cumsum([0, *self.heads[:-1]])
+
+
+def save_tables(tables: HeadTables, path: Path) -> None:
+    """Write a .npz file."""
+    data = io.BytesIO()
+    np.savez_compressed(data, **{f.name: getattr(tables, f.name) for f in fields(tables)})
+    atomic_write(path, data.getvalue())
+
+
+def load_tables(path: Path) -> HeadTables:
+    """Read what save_tables wrote; raises ArrowheadError for another kind of file."""
+    try:
+        with np.load(path) as arrays:
+            found = {f.name: arrays[f.name] for f in fields(HeadTables)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ArrowheadError(
+            f"tables {path}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a file that `arrowhead plan search --tables FILE` wrote",
+            fix="record the tables anew",
+        ) from error
+    heads, windows = (tuple(int(n) for n in found.pop(name)) for name in ("heads", "windows"))
+    return HeadTables(heads=heads, windows=windows, **found)
