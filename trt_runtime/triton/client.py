@@ -86,7 +86,6 @@ class Client:
         arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._client.start_stream(lambda result, error: arrived.put((result, error)))
         started = time.perf_counter()
-        done = False
         try:
             self._client.async_stream_infer(self.model, tensors, outputs=wanted)
             while True:
@@ -94,12 +93,12 @@ class Client:
                 if error is not None:
                     raise error
                 if result.as_numpy("TIMINGS") is not None:
-                    done = True
                     return _answer(result, time.perf_counter() - started)
                 if on_progress is not None:
                     on_progress(int(result.as_numpy("STEP")[0, 0]), _bytes(result, "PREVIEW"))
         finally:
-            self._client.stop_stream(cancel_requests=not done)
+            # Also with the picture in hand: the server then need not wait for it to be read.
+            self._client.stop_stream(cancel_requests=True)
 
     def begin(self, prompts: Sequence[str] = (), **inputs: Any) -> Any:
         """Send a request and do not wait: what it gives has get_result() and cancel(); gRPC."""
