@@ -14,7 +14,9 @@ import time
 import traceback
 from typing import Any
 
-LINGER_SECONDS = 2.0  # for a client to read its last response; one that hangs up need not wait
+# For a client to read its last response; one that then hangs up need not wait.
+LINGER_SECONDS = 2.0
+ERROR_LINGER_SECONDS = 0.2  # an error is short, and waited for
 # From a cancellation to the flag: the server's write to that client fails first.
 SETTLE_SECONDS = 0.05
 _LOOK_SECONDS = 0.02
@@ -26,9 +28,8 @@ class Closing:
     final: the value of the flag.
     """
 
-    def __init__(self, final: int, *, linger: float = LINGER_SECONDS) -> None:
+    def __init__(self, final: int) -> None:
         self._final = final
-        self._linger = linger
         self._due: dict[Any, float] = {}  # by sender: when it gets the flag at the latest
         self._cancelled: set[Any] = set()
         self._changed = threading.Condition()
@@ -36,10 +37,10 @@ class Closing:
         self._thread = threading.Thread(target=self._run, name="closing", daemon=True)
         self._thread.start()
 
-    def add(self, sender: Any) -> None:
-        """Take over a sender that has sent its last response."""
+    def add(self, sender: Any, linger: float) -> None:
+        """Take over a sender that has sent its last response, for so many seconds at most."""
         with self._changed:
-            self._due[sender] = time.monotonic() + self._linger
+            self._due[sender] = time.monotonic() + linger
             self._changed.notify()
 
     def close(self) -> None:

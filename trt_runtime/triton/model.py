@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils  # there is one only inside a ser
 
 from plans.errors import ArrowheadError
 from trt_runtime.pipeline import Picture
-from trt_runtime.triton.closing import Closing
+from trt_runtime.triton.closing import ERROR_LINGER_SECONDS, LINGER_SECONDS, Closing
 from trt_runtime.triton.interface import inputs, outputs
 from trt_runtime.triton.metrics import Metrics
 from trt_runtime.triton.request import Asked, parse
@@ -55,12 +55,13 @@ class _Ticket:
     def send(self, values: Mapping[str, Any], *, last: bool) -> None:
         """Send the outputs the client asked for."""
         tensors = [pb_utils.Tensor(name, values[name]) for name in values if name in self.wanted]
-        self._send(pb_utils.InferenceResponse(tensors), last)
+        self._send(pb_utils.InferenceResponse(tensors), last, LINGER_SECONDS)
 
     def fail(self, message: str, code: int) -> None:
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)), True)
+        error = pb_utils.TritonError(message, code)
+        self._send(pb_utils.InferenceResponse(error=error), True, ERROR_LINGER_SECONDS)
 
-    def _send(self, response: Any, last: bool) -> None:
+    def _send(self, response: Any, last: bool, linger: float) -> None:
         if self._closing is None:
             flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
             self._sender.send(response, flags=flags)
@@ -69,7 +70,7 @@ class _Ticket:
             self._sender.send(response)
         finally:
             if last:
-                self._closing.add(self._sender)
+                self._closing.add(self._sender, linger)
 
 
 class TritonPythonModel:

@@ -2,8 +2,8 @@
 
     python -m tests.trt_runtime.triton.soak --requests 2000 --pipeline flux
 
-A fifth of the requests is cancelled, some as their picture comes; clients are killed; both models
-are unloaded and loaded meanwhile. Fails if a picture differs, if the server grows, if it does not
+A fifth of the requests is cancelled, some as their picture comes, others are refused; clients are
+killed; both models are unloaded and loaded meanwhile. Fails if a picture differs, if the server grows, if it does not
 stop when asked, or if it leaves shared memory.
 """
 
@@ -41,6 +41,8 @@ PAIRS = 32
 CLIENTS = 4
 MODELS = ("soak", "soak_stream")
 GROWTH = 0.02  # of the server's and its models' memory, last half against the first
+KINDS_OF_REQUESTS = {"draw": 45, "stream": 30, "cancel": 10, "hang up": 10, "refused": 5}
+_REFUSED = ("STEPS | got", "'SEED' data-type")
 _AWAY = ("is not ready", "has no available versions", "is not found", "unloading", "UNAVAILABLE")
 _DYING = """
 import sys, time
@@ -81,8 +83,9 @@ class Soak:
         """Make it once: what it is follows from the number alone."""
         rng = random.Random(index)
         chosen = rng.sample(self._pairs, rng.choice(self.counts))
-        kind = rng.choices(("draw", "stream", "cancel", "hang up"), (50, 30, 10, 10))[0]
-        model = "soak_stream" if kind in ("stream", "hang up") else "soak"
+        kind = rng.choices(tuple(KINDS_OF_REQUESTS), tuple(KINDS_OF_REQUESTS.values()))[0]
+        streams = kind in ("stream", "hang up") or (kind == "refused" and index % 2 == 0)
+        model = MODELS[streams]
         client = self._client(model)
         prompts, seeds = [p for p, _ in chosen], [s for _, s in chosen]
         try:
@@ -94,6 +97,10 @@ class Soak:
                 call = client.begin(prompts, seed=seeds)
                 time.sleep(rng.random() * 0.1)
                 call.cancel()
+            elif kind == "refused":  # by our model, or by the server itself
+                wrong = rng.choice(({"steps": self.steps + 1}, {"seed": "seven"}))
+                (client.stream if streams else client.draw)(prompts, **wrong)
+                self.wrong.append(f"request {index}: {wrong} was not refused")
             else:
                 hear = _hang_up_at(rng.randrange(1, self.steps), rng.random() * 0.01)
                 client.stream(prompts, seed=seeds, on_progress=hear)
@@ -103,7 +110,7 @@ class Soak:
             # A model that is reloaded may be away meanwhile; nothing else may be refused.
             if any(word in str(error) for word in _AWAY):
                 kind = "away"
-            else:
+            elif kind != "refused" or not any(word in str(error) for word in _REFUSED):
                 self.wrong.append(f"request {index}, {kind}: {error}")
         self.results[kind] += 1
         return kind
@@ -181,7 +188,10 @@ def run(pipeline: str, requests: int) -> dict[str, Any]:
 
 
 def _halves(soak: Soak, requests: int) -> dict[str, Any]:
-    """Make the requests, the same disturbances in each half, and weigh the server after each."""
+    """Make the requests, and weigh server and models after each half.
+
+    Models are reloaded in the first half only: new processes would hide what they hold on to.
+    """
     started = time.perf_counter()
     weights: list[int] = []
     half = requests // 2
@@ -191,7 +201,7 @@ def _halves(soak: Soak, requests: int) -> dict[str, Any]:
             for index in range(first, first + half):
                 done = index - first
                 for number, model in enumerate(MODELS, 1):
-                    if done == half * number // 4:
+                    if index == half * number // 4:
                         jobs.append(pool.submit(soak.reload, model))
                 if done % max(1, half // 8) == half // 16:
                     jobs.append(pool.submit(soak.kill_a_client))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,30 +31,23 @@ class Sender:
 
 
 @pytest.fixture
-def closing() -> Iterator[Callable[[float], Closing]]:
-    made: list[Closing] = []
-
-    def make(linger: float) -> Closing:
-        made.append(Closing(FINAL, linger=linger))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+def closing() -> Iterator[Closing]:
+    owner = Closing(FINAL)
+    yield owner
+    owner.close()
 
 
-def test_a_client_that_stays_has_time_to_read(closing: Callable[[float], Closing]) -> None:
+def test_a_client_that_stays_has_time_to_read(closing: Closing) -> None:
     sender, started = Sender(), time.monotonic()
-    closing(0.3).add(sender)
+    closing.add(sender, 0.3)
     wait_for("the flag", lambda: bool(sender.flagged), 10)
     assert sender.flagged[0] - started >= 0.3
 
 
-def test_one_that_has_gone_is_not_waited_for(closing: Callable[[float], Closing]) -> None:
+def test_one_that_has_gone_is_not_waited_for(closing: Closing) -> None:
     stays, leaves = Sender(), Sender()
-    owner = closing(60)
-    owner.add(stays)
-    owner.add(leaves)
+    closing.add(stays, 60)
+    closing.add(leaves, 60)
     time.sleep(0.1)
     assert not leaves.flagged
     leaves.cancelled, left = True, time.monotonic()
@@ -62,21 +55,19 @@ def test_one_that_has_gone_is_not_waited_for(closing: Callable[[float], Closing]
     assert leaves.flagged[0] - left >= SETTLE_SECONDS and not stays.flagged
 
 
-def test_at_the_end_all_get_it_and_none_twice(closing: Callable[[float], Closing]) -> None:
+def test_at_the_end_all_get_it_and_none_twice(closing: Closing) -> None:
     senders = [Sender(cancelled=i % 2 == 0) for i in range(6)]
-    owner = closing(60)
     for sender in senders:
-        owner.add(sender)
-    owner.close()
-    owner.close()
+        closing.add(sender, 60)
+    closing.close()
+    closing.close()
     assert [len(sender.flagged) for sender in senders] == [1] * 6
 
 
-def test_one_that_fails_does_not_keep_the_others(closing: Callable[[float], Closing]) -> None:
+def test_one_that_fails_does_not_keep_the_others(closing: Closing) -> None:
     broken, sender = Sender(broken=True), Sender(cancelled=True)
-    owner = closing(60)
-    owner.add(broken)
-    owner.add(sender)
+    closing.add(broken, 60)
+    closing.add(sender, 60)
     wait_for("the flag", lambda: bool(sender.flagged), 10)
-    owner.close()
+    closing.close()
     assert len(sender.flagged) == 1 and not broken.flagged

@@ -1,13 +1,15 @@
-"""Why closing.py is there: what the server does with a final flag, shown by a model of a few lines.
+"""Streams that Triton 2.51 never lets go of, by a model of a few lines, and ours, which goes.
 
-A client cancels, or dies, while a response is being written to it. If that response brought the
-final flag, Triton 2.51 never lets go of the model. When a later server passes the first case, the
-flag may go with the last response again.
+One is cancelled, or its client dies, while the response that brought the final flag is being
+written to it: closing.py sends the flag alone, later. The other is of a request that the server
+itself refused, before any model saw it: clients should not cancel those. Where a later server lets
+go of them, what is done about it here may be taken out.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import random
 import signal
 import time
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 
 from tests.trt_runtime.triton.micro import PICTURES, STEPS
-from tests.trt_runtime.triton.processes import stubs
+from tests.trt_runtime.triton.processes import stubs, wait_for
 from trt_runtime.triton.client import Client
 from trt_runtime.triton.repository import Settings, write_model
 from trt_runtime.triton.server import Installation, Server
@@ -72,6 +74,12 @@ def goes(server: Server, model: str, seconds: float) -> bool:
     return not stubs(server)
 
 
+def kill(server: Server) -> None:
+    """What an orchestrator does at its deadline: the server would wait for --exit-timeout-secs."""
+    os.killpg(server.pid, signal.SIGKILL)
+    wait_for("the end of its processes", lambda: not stubs(server))
+
+
 @pytest.mark.parametrize(("send", "ends"), [(TOGETHER, False), (APART, True)])
 def test_a_flag_on_a_response_that_is_cancelled_keeps_the_model(
     send: str, ends: bool, installation: Installation, tmp_path: Path
@@ -90,8 +98,32 @@ def test_a_flag_on_a_response_that_is_cancelled_keeps_the_model(
             client.stop_stream(cancel_requests=True)
             client.close()
         assert goes(server, "numbers", 8) == ends
-        if not ends:  # it would wait for its --exit-timeout-secs
-            os.killpg(server.pid, signal.SIGKILL)
+        if not ends:
+            kill(server)
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_a_refused_request_that_is_cancelled_keeps_the_model(
+    cancel: bool, installation: Installation, tmp_path: Path
+) -> None:
+    (tmp_path / "numbers" / "1").mkdir(parents=True)
+    (tmp_path / "numbers" / "config.pbtxt").write_text(_CONFIG)
+    (tmp_path / "numbers" / "1" / "model.py").write_text(_MODEL.format(send=APART))
+    refused: queue.Queue[Any] = queue.Queue()
+    with Server(tmp_path, installation, explicit=True, load=["numbers"]) as server:
+        client = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
+        for _ in range(40):  # with a cancellation, some of them are kept
+            client.start_stream(lambda result, error: refused.put(error))
+            client.async_stream_infer("numbers", [tensor("SEED", np.zeros(2, np.int64), "INT64")])
+            assert "unexpected shape" in str(refused.get(timeout=10))
+            client.stop_stream(cancel_requests=cancel)
+            with suppress(queue.Empty):  # the word that it is cancelled
+                refused.get_nowait()
+        client.close()
+        assert goes(server, "numbers", 8) == (not cancel)
+        if cancel:
+            kill(server)
+    assert not server.shared_memory()
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
