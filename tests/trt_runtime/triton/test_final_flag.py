@@ -45,6 +45,17 @@ class TritonPythonModel:
             response = pb_utils.InferenceResponse([numbers])
             {send}
 """
+_SINGLE = """
+import time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        time.sleep(0.005)
+        numbers = pb_utils.Tensor("NUMBERS", np.zeros(1, np.int32))
+        return [pb_utils.InferenceResponse([numbers]) for _ in requests]
+"""
 _CONFIG = """
 backend: "python"
 input [{ name: "SEED" data_type: TYPE_INT64 dims: [1] }]
@@ -74,9 +85,17 @@ def goes(server: Server, model: str, seconds: float) -> bool:
     return not stubs(server)
 
 
+def client_reaches(client: Any) -> bool:
+    try:
+        return bool(client.is_server_live())
+    except grpc.InferenceServerException:
+        return False
+
+
 def kill(server: Server) -> None:
     """What an orchestrator does at its deadline: the server would wait for --exit-timeout-secs."""
-    os.killpg(server.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
     wait_for("the end of its processes", lambda: not stubs(server))
 
 
@@ -123,6 +142,32 @@ def test_a_refused_request_that_is_cancelled_keeps_the_model(
         assert goes(server, "numbers", 8) == (not cancel)
         if cancel:
             kill(server)
+    assert not server.shared_memory()
+
+
+@pytest.mark.slow
+def test_cancelling_a_single_answer_as_it_comes_breaks_the_server(
+    installation: Installation, tmp_path: Path
+) -> None:
+    """Not ours to mend: no model hears of it. Triton 25.04 has the fixes (server #7840, #8078)."""
+    (tmp_path / "numbers" / "1").mkdir(parents=True)
+    single = _CONFIG.replace("decoupled: true", "decoupled: false").replace("[-1]", "[1]")
+    (tmp_path / "numbers" / "config.pbtxt").write_text(single)
+    (tmp_path / "numbers" / "1" / "model.py").write_text(_SINGLE)
+    chance = random.Random(0)
+    seed = tensor("SEED", np.zeros(1, np.int64), "INT64")
+    with Server(tmp_path, installation, explicit=True, load=["numbers"]) as server:
+        client = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
+        for number in range(20_000):
+            call = client.async_infer("numbers", [seed], callback=lambda result, error: None)
+            time.sleep(chance.uniform(0.003, 0.012))
+            call.cancel()
+            if number % 50 == 49 and not client_reaches(client):
+                break
+        broken = not client_reaches(client) or not goes(server, "numbers", 8)
+        client.close()
+        assert broken
+        kill(server)
     assert not server.shared_memory()
 
 
