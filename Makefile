@@ -16,6 +16,8 @@ JOBS      ?= 2
 MODELS    ?= build/models
 TRITON    ?= build/triton-server
 REQUESTS  ?= 2000
+# What `make soak` serves: sd3 and flux are of random weights; tiny-sd3, tiny-flux take longer.
+PIPELINES ?= sd3 flux
 
 BIN       := $(VENV)/bin
 ARROWHEAD := $(BIN)/arrowhead
@@ -73,7 +75,9 @@ triton-server: $(READY)
 	$(BIN)/python -m trt_runtime.triton.environment $(TRITON)
 
 soak: triton-server
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trt_runtime.triton.soak --requests $(REQUESTS)
+	@for pipeline in $(PIPELINES); do \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m tests.trt_runtime.triton.soak --requests $(REQUESTS) \
+	        --pipeline $$pipeline --output build/soak-$$pipeline.json || exit 1; done
 
 # One thread a worker: two workers that each start a thread per core only wait for one another.
 test: $(READY)

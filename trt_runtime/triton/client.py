@@ -86,20 +86,22 @@ class Client:
         arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._client.start_stream(lambda result, error: arrived.put((result, error)))
         started = time.perf_counter()
-        done = False
+        refused = False
         try:
             self._client.async_stream_infer(self.model, tensors, outputs=wanted)
             while True:
                 result, error = arrived.get()
                 if error is not None:
+                    refused = True
                     raise error
                 if result.as_numpy("TIMINGS") is not None:
-                    done = True
                     return _answer(result, time.perf_counter() - started)
                 if on_progress is not None:
                     on_progress(int(result.as_numpy("STEP")[0, 0]), _bytes(result, "PREVIEW"))
         finally:
-            self._client.stop_stream(cancel_requests=not done)
+            # Also with the picture in hand: the server then need not wait for it to be read. But
+            # Triton 2.51 never lets go of a request that it refused itself if that is cancelled.
+            self._client.stop_stream(cancel_requests=not refused)
 
     def begin(self, prompts: Sequence[str] = (), **inputs: Any) -> Any:
         """Send a request and do not wait: what it gives has get_result() and cancel(); gRPC."""

@@ -20,6 +20,7 @@ import triton_python_backend_utils as pb_utils  # there is one only inside a ser
 
 from plans.errors import ArrowheadError
 from trt_runtime.pipeline import Picture
+from trt_runtime.triton.closing import ERROR_LINGER_SECONDS, LINGER_SECONDS, Closing
 from trt_runtime.triton.interface import inputs, outputs
 from trt_runtime.triton.metrics import Metrics
 from trt_runtime.triton.request import Asked, parse
@@ -42,10 +43,11 @@ class _NobodyWaits(Exception):
 class _Ticket:
     """One request until its last response is on its way."""
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, closing: Closing | None) -> None:
         self.open = True
         self.wanted = frozenset(request.requested_output_names())
         self._sender = request.get_response_sender()
+        self._closing = closing
 
     def cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())
@@ -53,14 +55,22 @@ class _Ticket:
     def send(self, values: Mapping[str, Any], *, last: bool) -> None:
         """Send the outputs the client asked for."""
         tensors = [pb_utils.Tensor(name, values[name]) for name in values if name in self.wanted]
-        self._send(pb_utils.InferenceResponse(tensors), last)
+        self._send(pb_utils.InferenceResponse(tensors), last, LINGER_SECONDS)
 
     def fail(self, message: str, code: int) -> None:
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)), True)
+        error = pb_utils.TritonError(message, code)
+        self._send(pb_utils.InferenceResponse(error=error), True, ERROR_LINGER_SECONDS)
 
-    def _send(self, response: Any, last: bool) -> None:
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-        self._sender.send(response, flags=flags)
+    def _send(self, response: Any, last: bool, linger: float) -> None:
+        if self._closing is None:
+            flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+            self._sender.send(response, flags=flags)
+            return
+        try:
+            self._sender.send(response)
+        finally:
+            if last:
+                self._closing.add(self._sender, linger)
 
 
 class TritonPythonModel:
@@ -95,12 +105,14 @@ class TritonPythonModel:
         # from `execute`: a client's next request would come before Triton has this instance back,
         # and its batcher may then sleep half a second over it (measured: one in ten).
         self.answers = ThreadPoolExecutor(1)
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self.closing = Closing(final) if self.streams else None
 
     def execute(self, requests: list[Any]) -> None:
         """Answer every request through its sender; no exception leaves this."""
         calls: dict[Any, list[tuple[_Ticket, Asked]]] = {}
         for request in requests:
-            ticket = _Ticket(request)
+            ticket = _Ticket(request, self.closing)
             try:
                 asked = parse(self.plan, self.names, self._arrays(request))
             except ArrowheadError as error:
@@ -115,6 +127,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Release engines, weights and caches."""
         self.answers.shutdown()
+        if self.closing is not None:
+            self.closing.close()
         # A metric tells the server when it goes, and crashes the process if that is after this.
         del self.metrics
         self.service.close()

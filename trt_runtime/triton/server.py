@@ -180,11 +180,15 @@ class Server:
             time.sleep(0.02)
 
     def _answers(self) -> bool:
+        # The metrics page comes a moment after the models.
+        pages = (f"{self.http}/v2/health/ready", f"{self.metrics}/metrics")
         try:
-            with urllib.request.urlopen(f"http://{_HOST}:{self.http}/v2/health/ready", timeout=1):
-                return True
+            for page in pages:
+                with urllib.request.urlopen(f"http://{_HOST}:{page}", timeout=1):
+                    pass
         except (urllib.error.URLError, OSError):
             return False
+        return True
 
     def _complaint(self) -> str:
         """Give the line of the log that says most: an error of ours, of Triton's, or the last."""

@@ -24,8 +24,8 @@ from tests.testbed.models import CLIP_LENGTH, T5_LENGTH, TESTBED
 
 STEPS = 8
 WIDTHS = {"joint_attention_dim": 192, "pooled_projection_dim": 192}  # those of the encoders
-# Pictures of one call: two show how requests share one.
-PICTURES = {"sd3": 2, "flux": 1}
+# Pictures of one call: two show how requests share one; SD3 has two rows a picture, FLUX one.
+PICTURES = {"sd3": 2, "flux": 2}
 
 
 def make_bundle(kind: str, root: Path, *, seed: int = 0) -> Path:

@@ -1,10 +1,10 @@
 """A long mixed load on the real server: every finished picture is held against its stored twin.
 
-    python -m tests.trt_runtime.triton.soak --requests 2000
+    python -m tests.trt_runtime.triton.soak --requests 2000 --pipeline flux
 
-A fifth of the requests is cancelled, clients are killed, one of the two models is unloaded and
-loaded meanwhile. Fails if a picture differs, if the server grows, if it does not stop when asked,
-or if it leaves shared memory.
+A fifth of the requests is cancelled, some as their picture comes, others are refused; clients are
+killed; both models are unloaded and loaded meanwhile. Fails if a picture differs, if the server
+grows, if it does not stop when asked, or if it leaves shared memory.
 """
 
 from __future__ import annotations
@@ -26,17 +26,23 @@ from typing import Any
 import tritonclient.grpc as grpc
 
 from plans.errors import atomic_write
+from tests.testbed.models import NAMES
 from tests.trt_runtime.triton.conftest import ROOT, Pixels, Twin, assert_near, decode
-from tests.trt_runtime.triton.micro import STEPS, make_bundle
+from tests.trt_runtime.triton.micro import PICTURES, make_bundle
 from tests.trt_runtime.triton.processes import resident_bytes, stubs, wait_for
+from tests.trt_runtime.triton.trained import export, missing
 from trt_runtime.triton.client import Client
 from trt_runtime.triton.environment import install
+from trt_runtime.triton.interface import KINDS
 from trt_runtime.triton.repository import Settings, write_model
 from trt_runtime.triton.server import Server, find_server
 
 PAIRS = 32
 CLIENTS = 4
+MODELS = ("soak", "soak_stream")
 GROWTH = 0.02  # of the server's and its models' memory, last half against the first
+KINDS_OF_REQUESTS = {"draw": 45, "stream": 30, "cancel": 10, "hang up": 10, "refused": 5}
+_REFUSED = ("STEPS | got", "'SEED' data-type")
 _AWAY = ("is not ready", "has no available versions", "is not found", "unloading", "UNAVAILABLE")
 _DYING = """
 import sys, time
@@ -55,8 +61,12 @@ class Enough(Exception):
 class Soak:
     """The requests, what became of them, and what was found wrong."""
 
-    def __init__(self, server: Server, twins: dict[tuple[str, int], Pixels]) -> None:
+    def __init__(
+        self, server: Server, twins: dict[tuple[str, int], Pixels], steps: int, pictures: int
+    ) -> None:
         self.server = server
+        self.steps = steps
+        self.counts = (1, 1, min(2, pictures))  # pictures of a request
         self.address = f"127.0.0.1:{server.grpc}"
         self.twins = twins
         self.results: Counter[str] = Counter()
@@ -72,9 +82,10 @@ class Soak:
     def _once(self, index: int) -> str:
         """Make it once: what it is follows from the number alone."""
         rng = random.Random(index)
-        chosen = rng.sample(self._pairs, rng.choice((1, 1, 2)))
-        kind = rng.choices(("draw", "stream", "cancel", "hang up"), (50, 30, 10, 10))[0]
-        model = "soak_stream" if kind in ("stream", "hang up") else "soak"
+        chosen = rng.sample(self._pairs, rng.choice(self.counts))
+        kind = rng.choices(tuple(KINDS_OF_REQUESTS), tuple(KINDS_OF_REQUESTS.values()))[0]
+        streams = kind in ("stream", "hang up") or (kind == "refused" and index % 2 == 0)
+        model = MODELS[streams]
         client = self._client(model)
         prompts, seeds = [p for p, _ in chosen], [s for _, s in chosen]
         try:
@@ -86,15 +97,20 @@ class Soak:
                 call = client.begin(prompts, seed=seeds)
                 time.sleep(rng.random() * 0.1)
                 call.cancel()
+            elif kind == "refused":  # by our model, or by the server itself
+                wrong = rng.choice(({"steps": self.steps + 1}, {"seed": "seven"}))
+                (client.stream if streams else client.draw)(prompts, **wrong)
+                self.wrong.append(f"request {index}: {wrong} was not refused")
             else:
-                client.stream(prompts, seed=seeds, on_progress=_hang_up_at(rng.randrange(1, STEPS)))
+                hear = _hang_up_at(rng.randrange(1, self.steps), rng.random() * 0.01)
+                client.stream(prompts, seed=seeds, on_progress=hear)
         except Enough:
             pass
         except client.refusal as error:
-            # The one model that is reloaded may be away meanwhile; nothing else may be refused.
-            if model == "soak" and any(word in str(error) for word in _AWAY):
+            # A model that is reloaded may be away meanwhile; nothing else may be refused.
+            if any(word in str(error) for word in _AWAY):
                 kind = "away"
-            else:
+            elif kind != "refused" or not any(word in str(error) for word in _REFUSED):
                 self.wrong.append(f"request {index}, {kind}: {error}")
         self.results[kind] += 1
         return kind
@@ -111,14 +127,28 @@ class Soak:
         child.stdout.close()
         self.results["clients killed"] += 1
 
-    def reload(self) -> None:
-        """Unload the model under load, and load it again."""
+    def reload(self, model: str) -> None:
+        """Unload a model under load, and load it again when its process is gone."""
         control = grpc.InferenceServerClient(self.address)
-        control.unload_model("soak")
-        wait_for("unload", lambda: len(stubs(self.server)) == 1)
-        control.load_model("soak")
+        control.unload_model(model)
+        wait_for(f"unload of {model}", lambda: len(stubs(self.server)) == len(MODELS) - 1)
+        control.load_model(model)
         control.close()
-        self.results["reloads"] += 1
+        self.results[f"reloads of {model}"] += 1
+
+    def unload(self) -> list[str]:
+        """Unload the models; name those that the server does not let go of."""
+        control = grpc.InferenceServerClient(self.address)
+        for model in MODELS:
+            control.unload_model(model)
+        deadline = time.monotonic() + 20
+        kept = list(MODELS)
+        while kept and time.monotonic() < deadline:
+            time.sleep(0.1)
+            index = control.get_model_repository_index().models
+            kept = [model.name for model in index if model.state != "UNAVAILABLE"]
+        control.close()
+        return kept
 
     def _compare(self, chosen: list[tuple[str, int]], pictures: list[bytes]) -> None:
         for pair, png in zip(chosen, pictures, strict=True):
@@ -135,36 +165,52 @@ class Soak:
         return getattr(self._local, name)
 
 
-def _hang_up_at(step: int) -> Any:
+def _hang_up_at(step: int, later: float) -> Any:
+    """Hang up so many seconds after a step: after the last but one, the picture is on its way."""
+
     def hear(done: int, _: list[bytes]) -> None:
         if done >= step:
+            time.sleep(later)
             raise Enough
 
     return hear
 
 
-def run(requests: int) -> dict[str, Any]:
+def run(pipeline: str, requests: int) -> dict[str, Any]:
     """Soak a server; give what was counted and found."""
     with tempfile.TemporaryDirectory() as folder:
-        bundle = make_bundle("sd3", Path(folder))
+        if pipeline in NAMES:
+            bundle = export(pipeline, Path(folder) / "bundle", pictures=2)
+        else:
+            bundle = make_bundle(pipeline, Path(folder))
         twin = Twin(bundle)
         prompts = (ROOT / "tests/testbed/tiny-sd3/calibration_prompts.txt").read_text().splitlines()
         pairs = list(itertools.islice(itertools.cycle(prompts), PAIRS))
         twins = {(p, seed): twin([p], [seed])[0] for seed, p in enumerate(pairs)}
         models = Path(folder) / "models"
         settings = Settings(threads=1, poison=True)
-        write_model(bundle, models, name="soak", settings=settings)
-        write_model(bundle, models, name="soak_stream", kind="stream", settings=settings)
+        for name, kind in zip(MODELS, KINDS, strict=True):
+            write_model(bundle, models, name=name, kind=kind, settings=settings)
         installation = find_server(install(ROOT / "build" / "triton-server"))
-        with Server(models, installation, explicit=True, load=["soak", "soak_stream"]) as server:
-            report = _halves(Soak(server, twins), requests)
-        report["shared_memory_left"] = [str(segment) for segment in server.left]
+        with Server(models, installation, explicit=True, load=MODELS) as server:
+            steps = twin.pipe.transformer.plan.steps
+            soak = Soak(server, twins, steps, twin.rows)
+            report = _halves(soak, requests)
+            report["kept"] = soak.unload()
+        report["processes_left"] = stubs(server)
+        report["pipeline"] = pipeline
+        # Of a server that had to be killed: what there is after the remedy.
+        left = server.left if server.clean_stop else server.shared_memory()
+        report["shared_memory_left"] = [str(segment) for segment in left]
         report["clean_stop"] = server.clean_stop
     return report
 
 
 def _halves(soak: Soak, requests: int) -> dict[str, Any]:
-    """Make the requests, the same disturbances in each half, and weigh the server after each."""
+    """Make the requests, and weigh server and models after each half.
+
+    Models are reloaded in the first half only: new processes would hide what they hold on to.
+    """
     started = time.perf_counter()
     weights: list[int] = []
     half = requests // 2
@@ -173,8 +219,9 @@ def _halves(soak: Soak, requests: int) -> dict[str, Any]:
             jobs = []
             for index in range(first, first + half):
                 done = index - first
-                if done == half // 4:
-                    jobs.append(pool.submit(soak.reload))
+                for number, model in enumerate(MODELS, 1):
+                    if index == half * number // 4:
+                        jobs.append(pool.submit(soak.reload, model))
                 if done % max(1, half // 8) == half // 16:
                     jobs.append(pool.submit(soak.kill_a_client))
                 jobs.append(pool.submit(soak.request, index))
@@ -199,21 +246,36 @@ def _halves(soak: Soak, requests: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument(
+        "--pipeline",
+        choices=(*PICTURES, *NAMES),
+        default="sd3",
+        help="sd3, flux: random weights, made here; else a trained one",
+    )
     parser.add_argument("--output", type=Path, default=Path("build/soak.json"))
     arguments = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)  # as the served models have it
-    report = run(arguments.requests)
+    if arguments.pipeline in NAMES and (why := missing(arguments.pipeline)):
+        print(f"skipped: {why}")
+        return 0
+    report = run(arguments.pipeline, arguments.requests)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(arguments.output, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
+    limit = not report["clean_stop"] and report["kept"] == [MODELS[0]]
     faults = {
         "pictures that differ or requests that failed": report["wrong"],
         f"growth beyond {GROWTH:.0%}": report["growth"] > GROWTH,
-        "the server had to be killed": not report["clean_stop"],
+        # Triton 2.51 may keep a model of single answers, or crash, if one is cancelled as it ends:
+        # test_final_flag.py. Killing the server is the remedy, and must leave nothing.
+        "the server had to be killed": not report["clean_stop"] and not limit,
+        "processes left": report["processes_left"],
         "shared memory left": report["shared_memory_left"],
     }
+    if limit:
+        print(f"limit of Triton 2.51: {MODELS[0]} was kept, and the server killed", file=sys.stderr)
     for what in (name for name, found in faults.items() if found):
         print(f"failed: {what}", file=sys.stderr)
     return 1 if any(faults.values()) else 0

@@ -58,17 +58,21 @@ class Request:
         self.cancel_at -= 1
         return self.cancel_at < 0
 
-    def send(self, response: Any, flags: int) -> None:
+    def send(self, response: Any = None, flags: int = 0) -> None:
         self.sent.append((response, flags))
 
     @property
+    def responses(self) -> list[Any]:
+        return [response for response, _ in self.sent if response is not None]
+
+    @property
     def picture(self) -> Any:
-        (tensor,) = (t for t in self.sent[-1][0].output_tensors if t.name() == "PICTURE")
+        (tensor,) = (t for t in self.responses[-1].output_tensors if t.name() == "PICTURE")
         return decode(tensor.as_numpy()[0, 0])
 
     @property
     def error(self) -> Any:
-        return self.sent[-1][0].error
+        return self.responses[-1].error
 
 
 class Family:
@@ -154,6 +158,10 @@ def answer(hooks: Any, *requests: Request) -> None:
     """Execute, and wait for the last answers."""
     hooks.execute(list(requests))
     hooks.answers.submit(lambda: None).result()
+    if hooks.closing is not None:
+        for each in requests:  # a stream's final flag comes alone, and later
+            assert each.responses and all(flags != FINAL for _, flags in each.sent)
+        hooks.closing.close()
     for each in requests:
         assert [flags for _, flags in each.sent].count(FINAL) == 1
         assert each.sent[-1][1] == FINAL
@@ -171,7 +179,7 @@ def test_one_cancels_and_its_neighbour_gets_its_picture(
     answer(hooks, leaves, stays)
     assert leaves.error.code == "cancelled"
     # It is asked before the first step, then after each: the fourth look after that finds it gone.
-    assert len(leaves.sent) == 4 and len(stays.sent) == STEPS + 1
+    assert len(leaves.responses) == 4 and len(stays.responses) == STEPS + 1
     together = twin("sd3")(["a star", "a red circle"], [1, 2])
     assert np.array_equal(stays.picture, together[1])
     assert results("arrowhead_requests_total") == {"cancelled": 1, "finished": 1}

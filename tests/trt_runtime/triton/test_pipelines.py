@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter import export_bundle
-from plans.plan import load_plan
-from tests.testbed.conftest import require
-from tests.testbed.models import TESTBED
+from tests.testbed.models import NAMES
 from tests.trt_runtime.triton.conftest import ROOT, Twin, decode
-from trt_runtime.bundles import load_pretrained
+from tests.trt_runtime.triton.trained import export, missing
 from trt_runtime.cli import main
 from trt_runtime.triton.client import Client
 from trt_runtime.triton.server import Installation, Server
@@ -30,26 +27,13 @@ class Enough(Exception):
     """What the client raises when it has seen enough."""
 
 
-def export(name: str, folder: Path) -> Path:
-    import diffusers
-
-    plan = load_plan(ROOT / "plans" / "library" / f"{name}.json")
-    model = load_pretrained(
-        getattr(diffusers, plan.model.architecture), str(TESTBED / name), subfolder="transformer"
-    )
-    rows = 2 if plan.sampler.cfg else 1
-    export_bundle(
-        model, plan, folder, dtype="fp32", batch=rows, dense=False, source=str(TESTBED / name)
-    )
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_trained_pipeline_from_the_command_line_to_pictures(
     name: str, installation: Installation, tmp_path: Path, capsys: Any
 ) -> None:
-    require(name)
+    if why := missing(name):
+        pytest.skip(why)
     bundle, models = export(name, tmp_path / "bundle"), tmp_path / "models"
     assert installation.backends is not None
     written = ["triton", str(bundle), "--output", str(models), "--threads", "1"]

@@ -94,13 +94,16 @@ def test_the_last_preview_is_the_picture(service: PictureService) -> None:
     assert len({image.tobytes() for image in seen.values()}) == STEPS - 1
 
 
-def test_requests_share_a_call(micro_bundle: Callable[..., Path], twin: Twins) -> None:
-    owner = PictureService(micro_bundle("sd3"), threads=1, poison=True)
-    got = pixels(owner.draw([asked("a red circle", 5), asked("a blue square", 9)], ignore))
-    together = twin("sd3")(["a red circle", "a blue square"], [5, 9])
+def test_requests_share_a_call(service: PictureService, kind: str, twin: Twins) -> None:
+    got = pixels(service.draw([asked("a red circle", 5), asked("a blue square", 9)], ignore))
+    together = twin(kind)(["a red circle", "a blue square"], [5, 9])
     assert all(np.array_equal(a, b) for a, b in zip(got, together, strict=True))
-    assert_near(got[1], twin("sd3")(["a blue square"], [9])[0])
-    # One of the two has a negative prompt; the other's is empty.
+    assert_near(got[1], twin(kind)(["a blue square"], [9])[0])
+
+
+def test_one_of_two_has_a_negative_prompt(micro_bundle: Callable[..., Path], twin: Twins) -> None:
+    owner = PictureService(micro_bundle("sd3"), threads=1, poison=True)
+    # The other's is empty.
     got = pixels(
         owner.draw(
             [asked("a red circle", 5), asked("a red circle", 5, negatives=("a star",))], ignore

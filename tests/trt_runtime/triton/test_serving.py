@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.trt_runtime.triton.conftest import ROOT, Twin, assert_near, decode
-from tests.trt_runtime.triton.micro import STEPS
+from tests.trt_runtime.triton.micro import PICTURES, STEPS
 from trt_runtime.triton.client import Client
+from trt_runtime.triton.interface import KINDS
 from trt_runtime.triton.repository import Settings, write_model
 from trt_runtime.triton.server import Installation, Server
 
@@ -24,6 +25,7 @@ pytest.importorskip("tritonclient", reason="no tritonclient: pip install 'arrowh
 Twins = Callable[..., Twin]
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "")
 SETTINGS = Settings(threads=1, poison=True)
+both = pytest.mark.parametrize("model", PICTURES)
 
 
 class Enough(Exception):
@@ -37,15 +39,15 @@ def server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     repository = tmp_path_factory.mktemp("models")
-    for kind in ("sd3", "flux"):
-        write_model(micro_bundle(kind), repository, name=kind, settings=SETTINGS)
-    write_model(
-        micro_bundle("sd3"), repository, name="sd3_stream", kind="stream", settings=SETTINGS
-    )
+    for model in PICTURES:
+        bundle = micro_bundle(model)
+        write_model(bundle, repository, name=model, settings=SETTINGS)
+        write_model(bundle, repository, name=f"{model}_stream", kind="stream", settings=SETTINGS)
     with Server(repository, installation, start_seconds=120) as running:
         yield running
         segments = running.shared_memory()
         assert segments  # else the next assertion says nothing
+    assert running.clean_stop and not running.left
     assert not any(segment.exists() for segment in segments)
 
 
@@ -67,7 +69,7 @@ Clients = Callable[..., Client]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize("model", ["sd3", "flux"])
+@both
 def test_pictures_are_those_of_the_process(
     model: str, protocol: str, client: Clients, twin: Twins
 ) -> None:
@@ -83,9 +85,10 @@ def test_pictures_are_those_of_the_process(
     assert 0 < told["transformer_seconds"] < told["pipeline_seconds"] < answer.seconds
 
 
-def test_two_pictures_of_one_request(client: Clients, twin: Twins) -> None:
-    answer = client("sd3").draw(PROMPTS[:2], seed=[3, 4])
-    expected = twin("sd3")(PROMPTS[:2], [3, 4])
+@both
+def test_two_pictures_of_one_request(model: str, client: Clients, twin: Twins) -> None:
+    answer = client(model).draw(PROMPTS[:2], seed=[3, 4])
+    expected = twin(model)(PROMPTS[:2], [3, 4])
     for got, wanted in zip(answer.pictures, expected, strict=True):
         assert np.array_equal(decode(got), wanted)
 
@@ -111,7 +114,7 @@ def test_guidance_and_negative_prompt(client: Clients, twin: Twins) -> None:
     assert got.pictures != client("sd3").draw([PROMPTS[0]], seed=1).pictures
 
 
-@pytest.mark.parametrize("model", ["sd3", "flux"])
+@both
 def test_embeddings_in_place_of_the_prompt(model: str, client: Clients, twin: Twins) -> None:
     pipe = twin(model).pipe
     with torch.no_grad():
@@ -123,15 +126,16 @@ def test_embeddings_in_place_of_the_prompt(model: str, client: Clients, twin: Tw
     assert_near(decode(answer.pictures[0]), twin(model)([PROMPTS[0]], [5])[0])
 
 
+@both
 def test_requests_share_calls_and_keep_to_themselves(
-    server: Server, client: Clients, twin: Twins
+    model: str, server: Server, client: Clients, twin: Twins
 ) -> None:
     """Poisoned caches, other guidances between: a leak of one request into another would show."""
     wanted = [(PROMPTS[i % 4], i, 4.0 if i % 3 else 7.0) for i in range(24)]
     before = [
-        server.metric(f"nv_inference_{name}", model="sd3") for name in ("count", "exec_count")
+        server.metric(f"nv_inference_{name}", model=model) for name in ("count", "exec_count")
     ]
-    clients = [client("sd3") for _ in range(6)]
+    clients = [client(model) for _ in range(6)]
 
     def draw(index: int) -> Any:
         done = []
@@ -144,13 +148,14 @@ def test_requests_share_calls_and_keep_to_themselves(
         served = [row for rows in pool.map(draw, range(6)) for row in rows]
     assert len(served) == 24
     for prompt, seed, guidance, got in served:
-        assert_near(got, twin("sd3")([prompt], [seed], guidance_scale=guidance)[0])
-    after = [server.metric(f"nv_inference_{name}", model="sd3") for name in ("count", "exec_count")]
+        assert_near(got, twin(model)([prompt], [seed], guidance_scale=guidance)[0])
+    after = [server.metric(f"nv_inference_{name}", model=model) for name in ("count", "exec_count")]
     pictures, executions = (b - a for a, b in zip(before, after, strict=True))
     assert pictures == 24 and executions < 24
 
 
-def test_a_stream_tells_each_step(client: Clients, twin: Twins) -> None:
+@both
+def test_a_stream_tells_each_step(model: str, client: Clients, twin: Twins) -> None:
     steps, previews = [], {}
 
     def hear(done: int, pictures: list[bytes]) -> None:
@@ -158,40 +163,46 @@ def test_a_stream_tells_each_step(client: Clients, twin: Twins) -> None:
         if pictures:
             previews[done] = decode(pictures[0])
 
-    answer = client("sd3_stream").stream([PROMPTS[1]], seed=2, preview_every=3, on_progress=hear)
+    answer = client(f"{model}_stream").stream(
+        [PROMPTS[1]], seed=2, preview_every=3, on_progress=hear
+    )
     assert steps == list(range(1, STEPS + 1))
     assert sorted(previews) == [3, 6] and previews[3].shape == (64, 96, 3)
-    assert np.array_equal(decode(answer.pictures[0]), twin("sd3")([PROMPTS[1]], [2])[0])
+    assert np.array_equal(decode(answer.pictures[0]), twin(model)([PROMPTS[1]], [2])[0])
 
 
+@both
 def test_cancelled_streams_leave_nothing_behind(
-    server: Server, client: Clients, twin: Twins
+    model: str, server: Server, client: Clients, twin: Twins
 ) -> None:
     def hang_up(done: int, _: list[bytes]) -> None:
         if done == 2:
             raise Enough
 
-    before = server.metric("arrowhead_requests_total", model="sd3_stream", result="cancelled")
+    before = server.metric("arrowhead_requests_total", model=f"{model}_stream", result="cancelled")
     for seed in range(20):
         with pytest.raises(Enough):
-            client("sd3_stream").stream(
+            client(f"{model}_stream").stream(
                 [PROMPTS[1]], seed=seed, preview_every=1, on_progress=hang_up
             )
-        got = client("sd3_stream").stream([PROMPTS[0]], seed=seed)
-        assert np.array_equal(decode(got.pictures[0]), twin("sd3")([PROMPTS[0]], [seed])[0])
-    after = server.metric("arrowhead_requests_total", model="sd3_stream", result="cancelled")
+        got = client(f"{model}_stream").stream([PROMPTS[0]], seed=seed)
+        assert np.array_equal(decode(got.pictures[0]), twin(model)([PROMPTS[0]], [seed])[0])
+    after = server.metric("arrowhead_requests_total", model=f"{model}_stream", result="cancelled")
     # A micro step takes three milliseconds: some streams are over before the word arrives.
     assert 10 <= after - before <= 20
 
 
-def test_cancelled_requests_are_not_drawn(server: Server, client: Clients, twin: Twins) -> None:
-    before = server.metric("arrowhead_pictures_total", model="sd3")
-    calls = [client("sd3").begin([PROMPTS[i % 4]], seed=i) for i in range(40)]
+@both
+def test_cancelled_requests_are_not_drawn(
+    model: str, server: Server, client: Clients, twin: Twins
+) -> None:
+    before = server.metric("arrowhead_pictures_total", model=model)
+    calls = [client(model).begin([PROMPTS[i % 4]], seed=i) for i in range(40)]
     for call in calls[5:]:
         call.cancel()
-    got = client("sd3").draw([PROMPTS[0]], seed=8)
-    assert_near(decode(got.pictures[0]), twin("sd3")([PROMPTS[0]], [8])[0])
-    assert server.metric("arrowhead_pictures_total", model="sd3") - before < 30
+    got = client(model).draw([PROMPTS[0]], seed=8)
+    assert_near(decode(got.pictures[0]), twin(model)([PROMPTS[0]], [8])[0])
+    assert server.metric("arrowhead_pictures_total", model=model) - before < 30
 
 
 def test_a_client_that_dies_is_cancelled(server: Server, client: Clients, twin: Twins) -> None:
@@ -238,20 +249,29 @@ def test_a_client_that_dies_is_cancelled(server: Server, client: Clients, twin: 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-@pytest.mark.parametrize("model", ["sd3", "sd3_stream"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_requests_are_refused_by_name(
-    model: str, inputs: dict[str, Any], message: str, client: Clients, twin: Twins
+    kind: str, inputs: dict[str, Any], message: str, client: Clients, twin: Twins
 ) -> None:
-    caller = client(model)
-    draw = caller.stream if model == "sd3_stream" else caller.draw
+    caller = client("sd3_stream" if kind == "stream" else "sd3")
+    draw = caller.stream if kind == "stream" else caller.draw
     with pytest.raises(caller.refusal, match=message):
         draw(**({"prompts": ["a red circle"]} | inputs))
     got = draw([PROMPTS[0]], seed=1)
     assert np.array_equal(decode(got.pictures[0]), twin("sd3")([PROMPTS[0]], [1])[0])
 
 
-def test_one_bad_request_does_not_spoil_its_neighbours(client: Clients, twin: Twins) -> None:
-    clients = [client("sd3") for _ in range(4)]
+def test_flux_takes_no_negative_prompt(client: Clients) -> None:
+    caller = client("flux")
+    with pytest.raises(caller.refusal, match="unexpected inference input 'NEGATIVE_PROMPT'"):
+        caller.draw([PROMPTS[0]], negative_prompt="a square")
+
+
+@both
+def test_one_bad_request_does_not_spoil_its_neighbours(
+    model: str, client: Clients, twin: Twins
+) -> None:
+    clients = [client(model) for _ in range(4)]
 
     def draw(index: int) -> Any:
         try:
@@ -265,7 +285,7 @@ def test_one_bad_request_does_not_spoil_its_neighbours(client: Clients, twin: Tw
             got = list(pool.map(draw, range(4)))
             assert all("STEPS | got 9" in got[i] for i in (0, 2))
             for i in (1, 3):
-                assert_near(decode(got[i]), twin("sd3")([PROMPTS[0]], [i])[0])
+                assert_near(decode(got[i]), twin(model)([PROMPTS[0]], [i])[0])
 
 
 def test_metrics_tell_pictures_steps_and_caches(
