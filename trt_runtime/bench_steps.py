@@ -218,8 +218,8 @@ class Workbench:
     def _planned(self, name: str, compiled: CompiledPlan, bucket: int) -> Runner:
         def uncaptured() -> Tensor:
             compiled.prepared.use(bucket)
-            with compiled.installed(bucket):
-                return compiled.call(bucket, self.inputs)
+            with compiled.installed(compiled.prepared.buckets[bucket]):
+                return compiled.call(self.inputs)
 
         return Runner(name, lambda: compiled.run(bucket, self.inputs), uncaptured)
 
