@@ -104,7 +104,7 @@ class PreparedPlan:
     def bucket(self, index: int, caches: Mapping[str, tuple[Tensor, ...]]) -> PreparedBucket:
         """Make one bucket over these caches; all that are made share the weights.
 
-        caches: by group, in the shapes of cache_shapes; those the bucket reads or writes are enough.
+        caches: by group, in the shapes of cache_shapes; those it reads or writes are enough.
         """
         return PreparedBucket([*self._shared, *self._parts(index, caches)])
 

@@ -16,6 +16,7 @@ from plans.plan import Plan
 from trt_runtime.attachment import attach
 from trt_runtime.bundles import load_pretrained, model_source, open_bundle
 from trt_runtime.engine import DTYPES
+from trt_runtime.live import rows_per_picture
 from trt_runtime.transformer import ArrowheadTransformer
 
 
@@ -90,12 +91,6 @@ def pipeline_kwargs(plan: Plan, pipe: Any) -> dict[str, Any]:
         "guidance_scale": plan.sampler.guidance_scale,
         "max_sequence_length": text,
     }
-
-
-def rows_per_picture(plan: Plan) -> int:
-    """Rows of a transformer call that one picture takes: two where it has a negative row."""
-    pairs = plan.sampler.cfg and plan.model.architecture == "SD3Transformer2DModel"
-    return 2 if pairs else 1
 
 
 def pictures_per_call(transformer: ArrowheadTransformer) -> int:

@@ -46,7 +46,7 @@ class CompiledTransformer:
         *,
         compile: str,
         cuda_graph: bool,
-        backend: str | Callable[..., Any] = "inductor",
+        compiler: str | Callable[..., Any] = "inductor",
     ) -> None:
         if compile not in COMPILE:
             raise ArrowheadError(
@@ -54,7 +54,7 @@ class CompiledTransformer:
             )
         self._transformer = transformer
         self._compile = compile
-        self._backend = backend
+        self._compiler = compiler
         self._cuda_graph = cuda_graph
         self._blocks = [
             m for m in transformer.modules()
@@ -116,7 +116,7 @@ class CompiledTransformer:
         self._pool = None
 
     def _torch_compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=self._compiler)
 
     def _capture(
         self, bucket: PreparedBucket, inputs: Mapping[str, Tensor], sample: Tensor
@@ -151,12 +151,12 @@ class CompiledStock(CompiledTransformer):
         *,
         compile: str = "model",
         cuda_graph: bool | None = None,
-        backend: str | Callable[..., Any] = "inductor",
+        compiler: str | Callable[..., Any] = "inductor",
     ) -> None:
         self._on_gpu = next(transformer.parameters()).device.type == "cuda"
         if cuda_graph is None:
             cuda_graph = self._on_gpu
-        super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, backend=backend)
+        super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, compiler=compiler)
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         if not self._on_gpu:
@@ -184,13 +184,13 @@ class CompiledPlan(CompiledTransformer):
         fuse_gelu: bool = True,
         own_caches: bool = True,
         cuda_graph: bool | None = None,
-        backend: str | Callable[..., Any] = "inductor",
+        compiler: str | Callable[..., Any] = "inductor",
     ) -> None:
         first = next(transformer.parameters())
         self.attention = use_kernels(first.device, first.dtype)
         if cuda_graph is None:
             cuda_graph = self.attention == "kernel library"
-        super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, backend=backend)
+        super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, compiler=compiler)
         self.plan = plan
         self.prepared = PreparedPlan(
             transformer, plan, batch=batch, prune=prune, fuse_gelu=fuse_gelu, own_caches=own_caches

@@ -55,7 +55,7 @@ def test_block_classes_are_compiled_once_for_each_bucket(kind: str, prune: bool)
     model = MODELS[kind]()
     plan, backend = even_plan(model), counter()
     expected = by_processors(model, plan)
-    compiled = CompiledPlan(model, plan, batch=2, prune=prune, backend=backend)
+    compiled = CompiledPlan(model, plan, batch=2, prune=prune, compiler=backend)
     compiled.prepared.reset(math.nan)
     graphs = []
     for step in range(plan.steps):
@@ -73,7 +73,7 @@ def test_a_searched_plan_compiles_whole_with_every_mode_and_module_all_cached(ki
     model = MODELS[kind]()
     plan, backend = tiny.random_plan(model), counter()
     expected = by_processors(model, plan)
-    compiled = CompiledPlan(model, plan, batch=2, compile="model", backend=backend)
+    compiled = CompiledPlan(model, plan, batch=2, compile="model", compiler=backend)
     compiled.prepared.reset(math.nan)
     for step in range(plan.steps):
         sample = compiled.step(step, tiny.inputs_of(model, step))
@@ -101,7 +101,7 @@ def test_the_transformer_is_its_own_between_steps() -> None:
     plan = even_plan(model)
     inputs = tiny.inputs_of(model)
     before = model(**inputs, return_dict=False)[0]
-    compiled = CompiledPlan(model, plan, batch=2, backend=counter())
+    compiled = CompiledPlan(model, plan, batch=2, compiler=counter())
     compiled.step(0, inputs)
     assert torch.equal(model(**inputs, return_dict=False)[0], before)
     assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())
