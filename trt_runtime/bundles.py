@@ -57,11 +57,10 @@ def load_transformer(
     graphs). For a plan None is "torch-compile" on a GPU, else "torch".
     dense: the stock graph of the unpatched transformer at every step, for comparison.
     transformer: what PyTorch's backends run; None loads the bundle's model. device: "cpu" (None),
-    "cuda"; for a transformer that is given None leaves it where it is.
-    threads: per operator, 0 for one a core. weights: "shared" between the sessions, or "embedded"
-    in each. profile: a folder for ONNX Runtime's traces.
-    poison: fill the caches with NaN at each reset (tests). compiled: options of torch-compile, as
-    trt_runtime.torch_compiled.CompiledPlan has them.
+    "cuda"; for a transformer that is given None leaves it where it is. threads: per operator, 0
+    for one a core. weights: "shared" between the sessions, or "embedded" in each. profile: a folder
+    for ONNX Runtime's traces. poison: fill the caches with NaN at each reset (tests).
+    compiled: options of torch-compile, as trt_runtime.torch_compiled.CompiledPlan has them.
     """
     folder = None if folder is None else Path(folder)
     bundle, plan, backend = _opened(folder, plan, transformer, batch, backend)
