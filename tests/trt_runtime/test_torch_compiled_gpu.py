@@ -68,7 +68,7 @@ def test_graphs_give_what_the_processors_give_and_allocate_nothing(
     )
     expected = [sample.clone() for sample in by_processors(model, plan)]
     monkeypatch.undo()
-    compiled = CompiledPlan(model, plan, batch=2, prune=prune)
+    compiled = CompiledPlan(model, plan, batch=2, compile="blocks", prune=prune)
     compiled.prepared.reset(math.nan)
     for step in range(plan.steps):
         assert error(compiled.step(step, inputs_of(model, step)), expected[step]) < 0.02
