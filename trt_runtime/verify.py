@@ -49,11 +49,9 @@ def compare_runs(
     bundle, _ = open_bundle(folder)
     module = transformer if transformer is not None else load_torch_transformer(bundle, folder)
     dtype = torch.float32 if device == "cpu" else DTYPES[bundle.dtype]
+    revision = bundle.model.get("revision")
     pipe = load_source_pipeline(
-        model_source(bundle, folder),
-        dtype=dtype,
-        revision=bundle.model.get("revision"),
-        transformer=None,
+        model_source(bundle, folder), dtype=dtype, revision=revision, transformer=None
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     made: dict[str, list[Picture]] = {}
@@ -62,13 +60,12 @@ def compare_runs(
     def count(name: str) -> Callable[[], None] | None:
         return progress and (lambda: progress(f"pictures, {name}", next(done), total))
 
+    of_torch = {"transformer": module} if backend == "torch-compile" else {}
     kinds: dict[str, dict[str, Any]] = {
-        backend: {"backend": backend, **session},
+        backend: {"backend": backend, **session} | of_torch,
         "torch": {"backend": "torch", "transformer": module},
         "dense": {"backend": "torch", "transformer": module, "dense": True},
     }
-    if backend == "torch-compile":  # one copy of the weights
-        kinds[backend]["transformer"] = module
     for name, options in kinds.items():
         attach(pipe, folder, device=device, **options)
         made[name] = generate(pipe, prompts, seed=seed, on_picture=count(name))

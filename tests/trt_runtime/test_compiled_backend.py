@@ -20,7 +20,7 @@ from plans.plan import Plan, save_plan
 from tests import tiny
 from tests.trt_runtime.conftest import Made
 from tests.trt_runtime.tiny_bundles import bundle_of, call, tiny_model, tiny_pipeline, torch_proxy
-from trt_runtime import attach, detach, load_transformer
+from trt_runtime import attach, attachment, bench, detach, load_transformer, verify
 from trt_runtime.compiled_engine import CompiledEngine, CompiledModel
 from trt_runtime.engine import CACHE_IN, CACHE_OUT, allocate
 from trt_runtime.live import live_bundle
@@ -293,3 +293,31 @@ def test_the_step_loop_copies_the_inputs_and_does_nothing_else(kind: str) -> Non
         assert recorded.names == ["aten.copy_.default"] * len(context.feeds)
         assert buffers == [t.data_ptr() for t in (*context.feeds.values(), context.sample)]
     assert len(state.step_seconds) == plan.steps
+
+
+def test_bench_and_verify_hold_it_against_the_others(
+    kind: str,
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, _, plan = torch_bundle(kind)
+    loaded: list[Any] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        if options.get("backend") == "torch-compile":
+            options["compile"] = "none"
+            loaded.append(options["transformer"])
+        return load_transformer(*args, **options)
+
+    monkeypatch.setattr(bench, "load_transformer", load)
+    monkeypatch.setattr(attachment, "load_transformer", load)
+    report = bench.end_to_end(folder, ["a cat"], backend="torch-compile", repeats=1, warmup=1)
+    assert report["attention"] == "reference" and report["speedup"] > 0
+    assert sum(report["plan"]["step_counts"].values()) == plan.steps
+    assert len(loaded) == 2 and loaded[0] is loaded[1]  # one copy of the weights
+    report = verify.verify(folder, ["a dog"], backend="torch-compile")
+    assert report["passed"] and report["graphs"] == []
+    assert report["run"]["max_abs_latent_diff"] < 1e-4
+    with pytest.raises(ArrowheadError, match="no prompts"):
+        verify.verify(folder, backend="torch-compile")
