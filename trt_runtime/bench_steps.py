@@ -194,6 +194,7 @@ class Workbench:
             "mix": DENSE if mix is None else mix.code,
             "share_saved": 0.0 if mix is None else mix.share_saved(layout),
             "cache_bytes": 0 if compiled is None else compiled.prepared.cache_bytes(),
+            "copied_weight_bytes": 0 if compiled is None else compiled.prepared.weight_bytes(),
             "attention": "PyTorch" if compiled is None else compiled.attention,
         }
 

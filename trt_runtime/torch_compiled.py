@@ -62,10 +62,9 @@ class CompiledTransformer:
 
     compile: "blocks" compiles each class of blocks once for all blocks whose heads count alike;
     "model" the whole transformer, for each bucket; "none" nothing; "auto" is choose_compile's for a
-    plan, and else "model". cuda_graph: replay a captured
-    step, so that the host does one call. Errors of torch.compile (a graph break, too many graphs)
-    are raised, never swallowed. Weights are read where they lay at the first capture: they are
-    kept alive, and a transformer that moves or changes them later does not change what runs.
+    plan, and else "model". Errors of torch.compile (a graph break, too many graphs) are raised,
+    never swallowed. cuda_graph: replay a captured step, so that the host makes one call; it reads
+    weights where they lay, which stay alive there though the transformer is moved.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class CompiledTransformer:
         self._compiled: dict[int, Callable[..., Any]] = {}
         self._weights = [w.detach() for w in (*transformer.parameters(), *transformer.buffers())]
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def bind(
         self, bucket: PreparedBucket, inputs: Mapping[str, Tensor], sample: Tensor
@@ -126,22 +126,26 @@ class CompiledTransformer:
     @contextmanager
     def installed(self, bucket: PreparedBucket) -> Iterator[None]:
         """Have the transformer be the bucket, compiled; what was there before comes back after."""
+        name = "_compiled_call_impl"  # nn.Module calls it in the place of its own
+        before = [block.__dict__.get(name) for block in self._blocks]
         with bucket.installed():
             try:
                 for block in self._blocks:
                     if id(block) not in self._compiled:
                         self._compiled[id(block)] = self._torch_compile(block._call_impl)
-                    block.__dict__["_compiled_call_impl"] = self._compiled[id(block)]
+                    block.__dict__[name] = self._compiled[id(block)]
                 yield
             finally:
-                for block in self._blocks:
-                    block.__dict__.pop("_compiled_call_impl", None)
+                for block, own in zip(self._blocks, before, strict=True):
+                    block.__dict__.pop(name, None)
+                    if own is not None:
+                        block.__dict__[name] = own
 
     def close(self) -> None:
         """Drop compiled code and weights; what `bind` gave must be dropped with it."""
         self._compiled.clear()
         self._blocks, self._weights = [], []
-        self._pool = None
+        self._pool = self._stream = None
 
     def _torch_compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, dynamic=False, backend=self._compiler)
@@ -152,7 +156,7 @@ class CompiledTransformer:
         with torch.cuda.device(sample.device), self.installed(bucket):
             # All graphs share their working memory: they run one after another.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            stream = torch.cuda.Stream()
+            self._stream = stream = self._stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):

@@ -105,6 +105,11 @@ def test_the_transformer_is_its_own_between_steps() -> None:
     before = model(**inputs, return_dict=False)[0]
     compiled = CompiledPlan(model, plan, batch=2, compile="blocks", compiler=counter())
     compiled.step(0, inputs)
+    first = model.transformer_blocks[0]
+    first._compiled_call_impl = own = lambda *_: None  # as block.compile() leaves one
+    compiled.step(0, inputs)
+    assert first._compiled_call_impl is own
+    del first._compiled_call_impl
     assert torch.equal(model(**inputs, return_dict=False)[0], before)
     assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())
 
