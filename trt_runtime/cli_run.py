@@ -40,10 +40,10 @@ def _add_run(verbs: Verbs) -> None:
         verbs,
         "run",
         run,
-        "make pictures from a bundle",
+        "make pictures from a bundle, or from a plan in PyTorch",
         '  arrowhead run bundle --prompt "a red circle above a blue square" --output circle.png\n'
         "  arrowhead run bundle --prompts prompts.txt --seed 7 --output pictures/p.png\n"
-        "  arrowhead run --plan plan.json --device cuda --prompt ... (no bundle: PyTorch compiled)",
+        '  arrowhead run --plan plan.json --device cuda --prompt "a red circle"',
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     parser.add_argument(

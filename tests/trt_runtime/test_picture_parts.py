@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from plans.architectures import ARCHITECTURES
 from plans.synthetic import Mix
 from tests.trt_runtime.test_bench_steps import settings, tiny
-from trt_runtime import cli_e2e
+from trt_runtime import cli_e2e, picture_parts
 from trt_runtime.bench_steps import measure_steps
+from trt_runtime.cli import main
 from trt_runtime.picture_parts import Parts, _built, _make, measure_parts, parts_of, picture_ms
 
 CLIP = {
@@ -129,3 +132,23 @@ def test_rows_hold_whole_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     cli_e2e.show_steps(report)
     shown = capsys.readouterr().out
     assert "T5-XXL" in shown and "picture" in shown
+
+
+def test_the_command_measures_pictures_with_the_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the command takes the GPU where there is one, and tiny heads fit no kernel")
+    architecture = tiny("sd3.5-medium")
+    monkeypatch.setitem(ARCHITECTURES, architecture.name, architecture)
+    encoders = parts_of(ARCHITECTURES["sd3-medium"])
+    monkeypatch.setattr(picture_parts, "parts_of", lambda _: small(encoders))
+    target = tmp_path / "steps.json"
+    code = main(
+        ["bench", "e2e", "--architecture", architecture.name, "--height", "128", "--width", "128",
+         "--block", "16", "--mix", "1/2x1/1:torch", "--baseline", "eager", "--depth", "1",
+         "--repeats", "1", "--steps-per-round", "1", "--loop", "--json", str(target)]
+    )  # fmt: skip
+    assert code == 0
+    row = json.loads(target.read_text())["rows"][0]
+    assert row["picture_ms"]["total"] > row["picture_ms"]["steps"] > 0
