@@ -9,7 +9,7 @@ all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +24,11 @@ from plans.prepared_parts import (
     TEXT_QKV,
     Contribution,
     LinearGelu,
+    Pieces,
     PreparedAttention,
     SingleBlock,
     SummedLinear,
-    columns_of,
     rest_of,
-    rows_of,
 )
 from plans.stock import check_stock
 from plans.tiles import CACHED
@@ -71,12 +70,13 @@ class PreparedPlan:
     prune: leave out the projections of cached heads. If not, there is one bucket only, whose modes
     are an input: `use` puts a bucket's modes there, and one graph serves the whole plan.
     fuse_gelu: GELU as the epilogue of the projection before it.
+    own_caches: make caches and buckets over them. If not, `bucket` makes one over the caller's.
     Raises ArrowheadError, naming the module, for a transformer that is not a stock SD3 or FLUX one.
     """
 
     def __init__(
         self, transformer: nn.Module, plan: Plan, *, batch: int, prune: bool = True,
-        fuse_gelu: bool = True,
+        fuse_gelu: bool = True, own_caches: bool = True,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.prune = prune
@@ -89,15 +89,55 @@ class PreparedPlan:
         first = next(transformer.parameters())
         self._options: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
         self._flow = cache_flow(plan)
-        self.caches: dict[str, tuple[Tensor, ...]] = {}
-        self._allocate()
-        shared = _gelu_parts(transformer) if fuse_gelu else []
+        self._pieces = Pieces()
+        self._shared = _gelu_parts(transformer) if fuse_gelu else []
         self._tasks: dict[str, list[Tensor]] = {}
-        if prune:
-            count = len(plan.buckets)
-            self.buckets = [PreparedBucket([*shared, *self._parts(b)]) for b in range(count)]
-        else:
-            self.buckets = [PreparedBucket([*shared, *self._universal()])] * len(plan.buckets)
+        self.caches: dict[str, tuple[Tensor, ...]] = {}
+        self.buckets: list[PreparedBucket] = []
+        if own_caches:
+            self.caches = {
+                name: tuple(torch.zeros(shape, **self._options) for shape in shapes)
+                for name, shapes in self.cache_shapes().items()
+            }
+            self.buckets = self._all_buckets()
+
+    def bucket(self, index: int, caches: Mapping[str, tuple[Tensor, ...]]) -> PreparedBucket:
+        """Make one bucket over these caches; all that are made share the weights.
+
+        caches: by group, in the shapes of cache_shapes; those it reads or writes are enough.
+        """
+        return PreparedBucket([*self._shared, *self._parts(index, caches)])
+
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Give the shapes of each cache's parts: [text, image], or one of both.
+
+        Caches are those of plans.cache_flow, [B, T, C] and [B, V, C]: what the group's heads add to
+        the output projection. Unpruned, they are [B, S, H, D] of every module.
+        """
+        shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for module in self.plan.modules:
+            layout = module.layout
+            tokens = [layout.seq_len]
+            if self._is_split(module):
+                tokens = [layout.text_tokens, layout.image_tokens]
+            channels: tuple[int, ...] = (module.heads, module.head_dim)
+            names = [module.name]
+            if self.prune:
+                channels = (module.heads * module.head_dim,)
+                names = [group.name for group in self._flow.of(module.name)]
+            for name in names:
+                shapes[name] = tuple((self._batch, n, *channels) for n in tokens)
+        return shapes
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that are copies: rows and columns of the computed heads."""
+        return self._pieces.copied_bytes()
+
+    def drop(self) -> None:
+        """Let go of weights, caches and buckets."""
+        self._pieces = Pieces()
+        self._shared, self.buckets = [], []
+        self._tasks, self.caches = {}, {}
 
     def use(self, bucket: int) -> None:
         """Put the modes of `bucket` where the one graph reads them; nothing to do if pruned."""
@@ -113,27 +153,19 @@ class PreparedPlan:
     def cache_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for parts in self.caches.values() for t in parts)
 
-    def _allocate(self) -> None:
-        for module in self.plan.modules:
-            layout = module.layout
-            tokens = [layout.seq_len]
-            if self._is_split(module):
-                tokens = [layout.text_tokens, layout.image_tokens]
-            shape: tuple[int, ...] = (module.heads, module.head_dim)
-            names = [module.name]
-            if self.prune:
-                shape = (module.heads * module.head_dim,)
-                names = [group.name for group in self._flow.of(module.name)]
-            for name in names:
-                self.caches[name] = tuple(
-                    torch.zeros(self._batch, n, *shape, **self._options) for n in tokens
-                )
+    def _all_buckets(self) -> list[PreparedBucket]:
+        count = len(self.plan.buckets)
+        if self.prune:
+            return [self.bucket(index, self.caches) for index in range(count)]
+        return [PreparedBucket([*self._shared, *self._universal()])] * count
 
     def _is_split(self, module: AttentionModule) -> bool:
         """Whether the module gets text and image apart: a double block, not a single one."""
         return getattr(self._found[module.name], "add_q_proj", None) is not None
 
-    def _parts(self, bucket: int) -> Iterator[tuple[Any, str, Any]]:
+    def _parts(
+        self, bucket: int, caches: Mapping[str, tuple[Tensor, ...]]
+    ) -> Iterator[tuple[Any, str, Any]]:
         reads, writes = self._flow.reads(bucket), self._flow.writes(bucket)
         for module in self.plan.modules:
             modes = self.plan.buckets[bucket].modes[module.name]
@@ -141,7 +173,8 @@ class PreparedPlan:
             tasks = [(modes[head], i, -1) for i, head in enumerate(heads)]
             read = [group for group in reads if group.module == module.name]
             written = [group for group in writes if group.module == module.name]
-            yield from self._module_parts(module, heads, self._tensor(tasks), read, written)
+            table = self._tensor(tasks)
+            yield from self._module_parts(module, heads, table, read, written, caches)
 
     def _universal(self) -> Iterator[tuple[Any, str, Any]]:
         for module in self.plan.modules:
@@ -151,7 +184,8 @@ class PreparedPlan:
             ]
             self._tasks[module.name] = [rows[0].clone(), *rows]
             heads = tuple(range(module.heads))
-            yield from self._module_parts(module, heads, self._tasks[module.name][0], [], [])
+            table = self._tasks[module.name][0]
+            yield from self._module_parts(module, heads, table, [], [], self.caches)
 
     def _module_parts(
         self,
@@ -160,17 +194,19 @@ class PreparedPlan:
         tasks: Tensor,
         read: Sequence[CacheGroup],
         written: Sequence[CacheGroup],
+        caches: Mapping[str, tuple[Tensor, ...]],
     ) -> Iterator[tuple[Any, str, Any]]:
         attn, block = self._found[module.name], self._blocks[module.name]
         split, dim = self._is_split(module), module.head_dim
         single = bool(getattr(attn, "pre_only", False))
         layers: list[nn.Linear | None] = [block.proj_out] if single else _output_layers(attn, split)
-        kept = [self.caches[group.name] for group in read]
+        kept = [caches[group.name] for group in read]
+        rows, columns = self._pieces.rows, self._pieces.columns
         summed = [
             None
             if layer is None
             else SummedLinear(
-                columns_of(layer, heads, dim, bias=not single), [cache[i] for cache in kept]
+                columns(layer, heads, dim, bias=not single), [cache[i] for cache in kept]
             )
             for i, layer in enumerate(layers)
         ]
@@ -178,19 +214,22 @@ class PreparedPlan:
             attn,
             "processor",
             PreparedAttention(
-                qkv=tuple(rows_of(getattr(attn, n), heads, dim) for n in QKV),
+                qkv=tuple(rows(getattr(attn, n), heads, dim) for n in QKV),
                 text_qkv=tuple(
-                    rows_of(getattr(attn, n), heads, dim) for n in (TEXT_QKV if split else ())
+                    rows(getattr(attn, n), heads, dim) for n in (TEXT_QKV if split else ())
                 ),
                 tasks=tasks,
-                writes=tuple(self._contribution(module, layers, heads, g) for g in written),
+                writes=tuple(
+                    self._contribution(module, layers, heads, group, caches[group.name])
+                    for group in written
+                ),
                 outputs=() if single else tuple(summed),
                 text_tokens=module.layout.text_tokens,
                 text_first=module.layout.text_first,
                 block=module.layout.block,
                 head_dim=dim,
                 heads=len(heads),
-                cache=() if self.prune else self.caches[module.name],
+                cache=() if self.prune else caches[module.name],
             ),
         )
         if single and summed[0] is not None:
@@ -203,13 +242,16 @@ class PreparedPlan:
         layers: Sequence[nn.Linear | None],
         heads: tuple[int, ...],
         group: CacheGroup,
+        cache: tuple[Tensor, ...],
     ) -> Contribution:
         columns = tuple(
-            None if layer is None else columns_of(layer, group.heads, module.head_dim, bias=False)
+            None
+            if layer is None
+            else self._pieces.columns(layer, group.heads, module.head_dim, bias=False)
             for layer in layers
         )
         place = torch.tensor([heads.index(h) for h in group.heads], device=self._options["device"])
-        return Contribution(columns, place, self.caches[group.name])
+        return Contribution(columns, place, cache)
 
     def _tensor(self, tasks: Sequence[tuple[int, int, int]]) -> Tensor:
         device = self._options["device"]

@@ -200,6 +200,37 @@ def columns_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int, *, bias:
     return Linear(weight[:, _channels(heads, head_dim, weight.device)], own)
 
 
+class Pieces:
+    """Rows and columns of projections, each taken once, whatever takes them."""
+
+    def __init__(self) -> None:
+        # The layer is kept with its piece: an id is of use only while what it names lives.
+        self._taken: dict[tuple[Any, ...], tuple[nn.Linear, Linear]] = {}
+
+    def rows(self, layer: nn.Linear, heads: tuple[int, ...], head_dim: int) -> Linear:
+        key = ("rows", id(layer), heads)
+        if key not in self._taken:
+            self._taken[key] = (layer, rows_of(layer, heads, head_dim))
+        return self._taken[key][1]
+
+    def columns(
+        self, layer: nn.Linear, heads: tuple[int, ...], head_dim: int, *, bias: bool
+    ) -> Linear:
+        key = ("columns", id(layer), heads, bias)
+        if key not in self._taken:
+            self._taken[key] = (layer, columns_of(layer, heads, head_dim, bias=bias))
+        return self._taken[key][1]
+
+    def copied_bytes(self) -> int:
+        """Bytes of the pieces that are not the layer's own memory."""
+        return sum(
+            piece.weight.nbytes
+            for layer, piece in self._taken.values()
+            if piece.weight.untyped_storage().data_ptr()
+            != layer.weight.untyped_storage().data_ptr()
+        )
+
+
 def rest_of(layer: nn.Linear, width: int) -> Linear:
     """Take the input channels after the first `width`, where they lie, and the bias."""
     return Linear(layer.weight.detach()[:, width:], layer.bias.detach())

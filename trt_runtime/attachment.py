@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from plans.errors import ArrowheadError
-from plans.models import ModelSpec, model_spec
 from plans.plan import Plan, Sampler, check_plan
-from trt_runtime.bundles import load_transformer
+from trt_runtime.bundles import TORCH_BACKENDS, load_transformer
+from trt_runtime.live import spec_of
 from trt_runtime.transformer import ArrowheadTransformer, refuse_lora
 
 ON_MISMATCH = ("error", "dense")
@@ -21,17 +20,20 @@ ON_MISMATCH = ("error", "dense")
 
 def attach(
     pipe: Any,
-    source: ArrowheadTransformer | Path | str,
+    source: ArrowheadTransformer | Path | str | None = None,
     *,
-    backend: str = "onnxruntime",
+    plan: Plan | Path | str | None = None,
+    backend: str | None = None,
     on_mismatch: str = "error",
     **options: Any,
 ) -> ArrowheadTransformer:
     """Put a bundle in the place of `pipe.transformer`; `detach(pipe)` undoes it.
 
-    source: a bundle folder, or a transformer that load_transformer made. options go to
-    load_transformer. on_mismatch: what a run with another sampler, step count, sigmas or start
-    does: "error" refuses it, "dense" warns once and computes every head in full.
+    source: a bundle folder, or a transformer that load_transformer made. plan: instead of it, a
+    plan or its file, run on the pipeline's own transformer, which is left where it is: no bundle is
+    needed. backend and options go to load_transformer. on_mismatch: what a run with another
+    sampler, step count, sigmas or start does: "error" refuses it, "dense" warns once and computes
+    every head in full.
     """
     if on_mismatch not in ON_MISMATCH:
         raise ArrowheadError(
@@ -44,9 +46,9 @@ def attach(
     if isinstance(source, ArrowheadTransformer):
         transformer = source
     else:
-        if backend == "torch" and before is not None:
+        if before is not None and (plan is not None or backend in TORCH_BACKENDS):
             options.setdefault("transformer", before)
-        transformer = load_transformer(source, backend=backend, **options)
+        transformer = load_transformer(source, plan=plan, backend=backend, **options)
     try:
         if before is not None:
             _check_replaced(transformer.plan, before, pipe)
@@ -158,20 +160,6 @@ def check_scheduler(plan: Plan, pipe: Any, scheduler: Any) -> None:
     guidance = getattr(pipe, "_guidance_scale", plan.sampler.guidance_scale)
     sampler = Sampler(name, steps, tuple(sigmas.tolist()[:steps]), cfg, guidance)
     check_plan(plan, sampler=sampler)
-
-
-def spec_of(
-    plan: Plan, kind: str, config: Mapping[str, Any], vae_scale_factor: int | None = None
-) -> ModelSpec:
-    """Describe a transformer of class `kind` at the plan's picture size and text length."""
-    return model_spec(
-        {**config, "_class_name": kind},
-        height=plan.height,
-        width=plan.width,
-        vae_scale_factor=vae_scale_factor or plan.vae_scale_factor,
-        text_tokens=plan.text_tokens,
-        block=plan.block,
-    )
 
 
 def _check_replaced(plan: Plan, transformer: Any, pipe: Any) -> None:

@@ -13,7 +13,13 @@ import torch
 
 from plans.bundle import Bundle
 from trt_runtime.attachment import attach
-from trt_runtime.bundles import load_transformer, model_source, open_bundle
+from trt_runtime.bundles import (
+    TORCH_BACKENDS,
+    load_torch_transformer,
+    load_transformer,
+    model_source,
+    open_bundle,
+)
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.engine import DTYPES
 from trt_runtime.kernels import use_kernels
@@ -55,6 +61,8 @@ def end_to_end(
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"backend": backend, "device": device}
     options |= session if backend == "onnxruntime" else {}
+    if backend in TORCH_BACKENDS:  # one copy of the weights for both
+        options["transformer"] = load_torch_transformer(bundle, folder)
     transformers = {
         name: load_transformer(folder, dense=name == _DENSE, **options) for name in (_DENSE, _PLAN)
     }
@@ -87,7 +95,7 @@ def end_to_end(
 
 def _attention(bundle: Bundle, backend: str, device: str) -> str:
     """Say what computes attention under the plan."""
-    if backend == "torch":
+    if backend in TORCH_BACKENDS:
         return use_kernels(device, DTYPES[bundle.dtype])
     if backend == "onnxruntime":
         library = operators_for(bundle.graphs[0], device)

@@ -1,7 +1,7 @@
 """Time single transformer steps of real architectures: PyTorch as it is, and under plans.
 
 Every row is measured against all baselines in rotated rounds of one run, on one set of random
-weights. A picture is its steps: text encoders and VAE are not in it.
+weights. A picture is its steps; with the loop of all steps, text encoders and VAE are in it too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from plans.errors import ArrowheadError
 from plans.plan import Plan, dense_plan
 from plans.synthetic import Mix, synthetic_plan
 from trt_runtime.doctor import device_name, git_commit, versions
+from trt_runtime.picture_parts import measure_parts, picture_ms
 from trt_runtime.random_models import random_inputs, random_transformer
 from trt_runtime.step_profile import step_classes
 from trt_runtime.step_runners import (
@@ -49,13 +50,14 @@ class Workbench:
         self, architecture: Architecture, settings: Settings, log: Callable[[str], None]
     ) -> None:
         self.architecture, self.settings, self.log = architecture, settings, log
+        self.failures: list[dict[str, str]] = []
+        self.parts = self._measure_parts()  # before the transformer is there: they need memory too
         self._any_plan = self.plan(None)
         where: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
         self.model = random_transformer(architecture, **where)
         self.inputs = random_inputs(architecture, self._any_plan, **where)
         self._stock: dict[int, Callable[..., Any]] = {}
         self.on_gpu = settings.device.startswith("cuda")
-        self.failures: list[dict[str, str]] = []
         self.baselines: list[Runner] = []
         for name in settings.baselines:
             with self.noting(name):
@@ -74,6 +76,23 @@ class Workbench:
             self.failures.append({"row": what, "error": f"{type(error).__name__}: {error}"[:2000]})
             self.log(f"{what}: failed: {str(error)[:300]}")
 
+    def _measure_parts(self) -> dict[str, Any] | None:
+        settings = self.settings
+        if settings.parts is None:
+            return None
+        return measure_parts(
+            settings.parts, height=settings.height, width=settings.width, device=settings.device,
+            dtype=settings.dtype, repeats=settings.repeats, noting=self.noting,
+        )  # fmt: skip
+
+    def _picture(self, row: Row) -> None:
+        """Add what a whole picture takes: of the loop's steps, or of as many like the one timed."""
+        if self.settings.parts is not None and self.parts is not None:
+            steps_ms = (
+                1000 * row["loop_seconds"] if "loop_seconds" in row else (self.steps * row["ms"])
+            )
+            row["picture_ms"] = picture_ms(self.parts, self.settings.parts, steps_ms)
+
     def plan(self, mix: Mix | None) -> Plan:
         """Step 0 full, the others the mix; without one every step is full."""
         spec_heads = self.architecture.config["num_attention_heads"]
@@ -83,6 +102,11 @@ class Workbench:
             width=settings.width, block=settings.block,
         )  # fmt: skip
         return plan if mix is not None else dense_plan(plan)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a picture."""
+        return self._any_plan.steps
 
     def row(self, backend: str, mix: Mix | None) -> Row:
         """Measure one backend under one mix, the baselines beside it."""
@@ -130,6 +154,7 @@ class Workbench:
         }
         if settings.loop and mix is not None:
             row["loop_seconds"] = self._loop(compiled)
+        self._picture(row)
         self._profile(ours, row)
         return row
 
@@ -152,6 +177,7 @@ class Workbench:
                 "peak_bytes": runner.peak_bytes,
                 "finite": runner.finite,
             }
+            self._picture(row)
             self._profile(runner, row)
             self.log(f"{runner.name}: {row['ms']:.1f} ms")
             rows.append(row)
@@ -168,6 +194,7 @@ class Workbench:
             "mix": DENSE if mix is None else mix.code,
             "share_saved": 0.0 if mix is None else mix.share_saved(layout),
             "cache_bytes": 0 if compiled is None else compiled.prepared.cache_bytes(),
+            "copied_weight_bytes": 0 if compiled is None else compiled.prepared.weight_bytes(),
             "attention": "PyTorch" if compiled is None else compiled.attention,
         }
 
@@ -218,8 +245,8 @@ class Workbench:
     def _planned(self, name: str, compiled: CompiledPlan, bucket: int) -> Runner:
         def uncaptured() -> Tensor:
             compiled.prepared.use(bucket)
-            with compiled.installed(bucket):
-                return compiled.call(bucket, self.inputs)
+            with compiled.installed(compiled.prepared.buckets[bucket]):
+                return compiled.call(self.inputs)
 
         return Runner(name, lambda: compiled.run(bucket, self.inputs), uncaptured)
 
@@ -267,7 +294,10 @@ def measure_steps(
         "device": device_name(settings.device),
         "dtype": str(settings.dtype).removeprefix("torch."),
         "weights": "random: no structure, so no statement about quality",
-        "picture": "steps x step, without text encoders and VAE",
+        "picture": "steps x step, without text encoders and VAE"
+        if bench.parts is None
+        else f"{bench.steps} steps, text encoders and VAE, uncompiled: picture_ms",
+        "parts": bench.parts,
         "baseline_attention": "cuDNN" if bench.on_gpu else "SDPA",
         "rounds": settings.rounds,
         "repeats": settings.repeats,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from torch import nn
 from plans.bundle import Bundle, GraphSpec, check_bundle, load_bundle
 from plans.errors import ArrowheadError
 from plans.plan import Plan, dense_plan, load_plan
+from trt_runtime.compiled_engine import CompiledEngine, CompiledModel
 from trt_runtime.engine import DTYPES, Engine
+from trt_runtime.live import live_bundle
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, SessionSettings, open_weights
 from trt_runtime.tensorrt_engine import ActivationMemory, DeviceWeights, TensorRTEngine
 from trt_runtime.torch_engine import TorchEngine
 from trt_runtime.transformer import TRANSFORMERS, ArrowheadTransformer
 
-BACKENDS = ("onnxruntime", "tensorrt", "torch")
+BACKENDS = ("onnxruntime", "tensorrt", "torch", "torch-compile")
+TORCH_BACKENDS = ("torch", "torch-compile")  # they run the transformer itself, not graphs
 
 
 def open_bundle(folder: Path | str) -> tuple[Bundle, Plan]:
@@ -32,27 +35,35 @@ def open_bundle(folder: Path | str) -> tuple[Bundle, Plan]:
 
 
 def load_transformer(
-    folder: Path | str,
+    folder: Path | str | None = None,
     *,
-    backend: str = "onnxruntime",
+    plan: Plan | Path | str | None = None,
+    batch: int | None = None,
+    backend: str | None = None,
     dense: bool = False,
     transformer: nn.Module | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int = 0,
     weights: str = "shared",
     profile: Path | None = None,
     poison: bool = False,
+    **compiled: Any,
 ) -> ArrowheadTransformer:
     """Open a bundle as a drop-in transformer; `attach` puts it into a pipeline.
 
+    plan: in place of a bundle, with a diffusers `transformer` to run it on; batch: rows of one call
+    of it (None: one picture's). backend: "onnxruntime" (None), "tensorrt", or in PyTorch "torch"
+    (attention processors, uncompiled) or "torch-compile" (prepared weights, torch.compile, CUDA
+    graphs). For a plan None is "torch-compile" on a GPU, else "torch".
     dense: the stock graph of the unpatched transformer at every step, for comparison.
-    transformer: the diffusers transformer of backend "torch"; None loads the bundle's model.
-    threads: per operator, 0 for one a core. weights: "shared" between the sessions, or "embedded"
-    in each. profile: a folder for ONNX Runtime's traces.
-    poison: fill the caches with NaN at each reset (tests).
+    transformer: what PyTorch's backends run; None loads the bundle's model. device: "cpu" (None),
+    "cuda"; for a transformer that is given None leaves it where it is. threads: per operator, 0
+    for one a core. weights: "shared" between the sessions, or "embedded" in each. profile: a folder
+    for ONNX Runtime's traces. poison: fill the caches with NaN at each reset (tests).
+    compiled: options of torch-compile, as trt_runtime.torch_compiled.CompiledPlan has them.
     """
-    folder = Path(folder)
-    bundle, plan = open_bundle(folder)
+    folder = None if folder is None else Path(folder)
+    bundle, plan, backend = _opened(folder, plan, transformer, batch, backend)
     graphs = bundle.graphs if not dense else (bundle.dense,) if bundle.dense else ()
     if not graphs:
         raise ArrowheadError(
@@ -61,28 +72,98 @@ def load_transformer(
             expected="one, to compare with",
             fix="export the bundle again without --no-dense",
         )
-    engines: dict[int, Engine] = {}
-    if backend == "torch":
-        module = transformer if transformer is not None else load_torch_transformer(bundle, folder)
-        _check_dtype(module, bundle)
-        for graph in graphs:
-            engines[graph.bucket or 0] = TorchEngine(module.to(device), plan, graph)
-    elif backend == "onnxruntime":
-        warn_unverified(bundle, backend)
-        settings = SessionSettings(threads, device, weights, profile)
-        shared = open_weights(bundle, folder, device)
-        for graph in graphs:
-            engines[graph.bucket or 0] = OnnxRuntimeEngine(folder, graph, shared, settings)
-    elif backend == "tensorrt":
-        warn_unverified(bundle, backend)
-        copy = DeviceWeights(folder / bundle.weights_file, device)
-        memory = ActivationMemory(device)
-        for graph in graphs:
-            engines[graph.bucket or 0] = TensorRTEngine(folder, bundle, graph, copy, memory, device)
+    if compiled and backend != "torch-compile":
+        raise ArrowheadError(
+            f"options {', '.join(compiled)}",
+            got=f"backend {backend}",
+            expected="backend torch-compile, which alone has them",
+            fix="drop them, or pass backend='torch-compile'",
+        )
+    made: list[Engine] = []
+    if backend in TORCH_BACKENDS:
+        module = _module(bundle, folder, transformer, device)
+        if backend == "torch":
+            made += [TorchEngine(module, plan, graph) for graph in graphs]
+        else:
+            shared = CompiledModel(module, plan, bundle.batch, dense=dense, **compiled)
+            made += [CompiledEngine(shared, graph) for graph in graphs]
     else:
-        raise _unknown(backend)
+        assert folder is not None
+        settings = SessionSettings(threads, device or "cpu", weights, profile)
+        made += _graph_engines(folder, bundle, graphs, backend, settings)
+    engines = {graph.bucket or 0: engine for graph, engine in zip(graphs, made, strict=True)}
     kind = TRANSFORMERS[bundle.model["architecture"]]
     return kind(bundle, dense_plan(plan) if dense else plan, engines, poison=poison)
+
+
+def _opened(
+    folder: Path | None,
+    plan: Plan | Path | str | None,
+    transformer: nn.Module | None,
+    batch: int | None,
+    backend: str | None,
+) -> tuple[Bundle, Plan, str]:
+    """Give bundle, plan and backend; of a plan alone, what its bundle would say."""
+    if (folder is None) == (plan is None):
+        raise ArrowheadError(
+            "what to run",
+            got="neither a bundle nor a plan" if folder is None else "both a bundle and a plan",
+            expected="one of them",
+            fix="pass a bundle folder, or plan= with a transformer",
+        )
+    if folder is not None:
+        return *open_bundle(folder), backend or "onnxruntime"
+    if transformer is None:
+        raise ArrowheadError(
+            "transformer of the plan",
+            got="none",
+            expected="the diffusers transformer to run it on",
+            fix="pass transformer=pipe.transformer, or attach(pipe, plan=...)",
+        )
+    assert plan is not None
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    on_gpu = next(transformer.parameters()).device.type == "cuda"
+    backend = backend or ("torch-compile" if on_gpu else "torch")
+    if backend not in TORCH_BACKENDS:
+        raise ArrowheadError(
+            f"backend {backend}",
+            got="a plan",
+            expected="a bundle, whose graphs it runs",
+            fix="export the plan first (arrowhead export), or use backend torch-compile",
+        )
+    return live_bundle(plan, transformer, batch), plan, backend
+
+
+def _module(
+    bundle: Bundle, folder: Path | None, transformer: nn.Module | None, device: str | None
+) -> nn.Module:
+    """Give the transformer that PyTorch's backends run, where it is to run."""
+    if transformer is None:
+        assert folder is not None
+        return load_torch_transformer(bundle, folder).to(device or "cpu")
+    _check_dtype(transformer, bundle)
+    return transformer if device is None else transformer.to(device)
+
+
+def _graph_engines(
+    folder: Path,
+    bundle: Bundle,
+    graphs: Sequence[GraphSpec],
+    backend: str,
+    settings: SessionSettings,
+) -> list[Engine]:
+    """Make the engines of the backends that run a bundle's graphs."""
+    if backend == "onnxruntime":
+        warn_unverified(bundle, backend)
+        shared = open_weights(bundle, folder, settings.device)
+        return [OnnxRuntimeEngine(folder, graph, shared, settings) for graph in graphs]
+    if backend == "tensorrt":
+        warn_unverified(bundle, backend)
+        device = settings.device
+        copy = DeviceWeights(folder / bundle.weights_file, device)
+        memory = ActivationMemory(device)
+        return [TensorRTEngine(folder, bundle, graph, copy, memory, device) for graph in graphs]
+    raise _unknown(backend)
 
 
 def open_engine(
@@ -94,12 +175,12 @@ def open_engine(
     **options: Any,
 ) -> Engine:
     """Make the engine of one graph, not yet active. options: SessionSettings' fields."""
-    if backend == "torch":
+    if backend in TORCH_BACKENDS:
         raise ArrowheadError(
-            "backend torch",
+            f"backend {backend}",
             got="a graph to make an engine of",
             expected="a backend that runs graphs: onnxruntime or tensorrt",
-            fix="pass --backend onnxruntime; torch needs no build, and is what others are "
+            fix="pass --backend onnxruntime; PyTorch needs no build, and torch is what others are "
             "compared with",
         )
     if backend == "tensorrt":

@@ -55,7 +55,9 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action=_Backend,
         default="onnxruntime",
-        help="onnxruntime (default), tensorrt or torch",
+        help="onnxruntime (default) or tensorrt, which run the graphs; torch-compile: PyTorch "
+        "under torch.compile, one CUDA graph a bucket (--device cuda; compiles for minutes at its "
+        "start); torch: PyTorch uncompiled, which the others are compared with",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(

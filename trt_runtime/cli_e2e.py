@@ -98,7 +98,11 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block", type=int, default=128, metavar="TOKENS")
     group.add_argument("--steps-per-round", type=int, default=3, metavar="N")
     group.add_argument("--no-full-step", action="store_true", help="time no step that fills caches")
-    group.add_argument("--loop", action="store_true", help="run all 28 steps in their order, too")
+    group.add_argument(
+        "--loop",
+        action="store_true",
+        help="whole pictures too: all 28 steps in their order, text encoders and VAE",
+    )
     group.add_argument("--dtype", default=None, help="bf16 (default on a GPU), fp16 or fp32")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw where a step's time goes")
 
@@ -121,14 +125,17 @@ def _steps(arguments: argparse.Namespace) -> int:
     from trt_runtime.bench_steps import measure_steps
     from trt_runtime.cli_common import dtype_of
     from trt_runtime.engine import DTYPES
+    from trt_runtime.picture_parts import parts_of
     from trt_runtime.step_runners import Settings
 
     on_gpu = arguments.device.startswith("cuda") or torch.cuda.is_available()
     device = "cuda" if on_gpu and arguments.device == "cpu" else arguments.device
     dtype = arguments.dtype or ("bf16" if on_gpu else "fp32")
     architecture = architecture_of(arguments.architecture)
+    parts = parts_of(architecture) if arguments.loop else None
     if arguments.depth is not None:
         architecture = architecture.of_depth(arguments.depth)
+        parts = parts and parts.of_depth(arguments.depth)
     settings = Settings(
         height=arguments.height,
         width=arguments.width,
@@ -140,6 +147,7 @@ def _steps(arguments: argparse.Namespace) -> int:
         repeats=arguments.steps_per_round,
         full_step=not arguments.no_full_step,
         loop=arguments.loop,
+        parts=parts,
         profile=arguments.profile or arguments.plot is not None,
     )
 
@@ -208,12 +216,14 @@ def show_steps(report: dict[str, Any]) -> None:
     subject = "" if first is None else f"{first['architecture']} {first['height']}x{first['width']}"
     show_table(
         f"{subject}, {report['dtype']}, {report['device']}: medians of {report['rounds']} rounds; "
-        "random weights and synthetic plans, which say nothing of quality; a picture is its "
-        "transformer steps",
+        "random weights and synthetic plans, which say nothing of quality; 28 and 50 steps are "
+        "those of the transformer alone",
         ("runs on", "heads", "saved", "ms a step", "full step", "28 steps s", "50 steps s",
-         "host ms", "peak", "caches", "ready, s", *(f"x {name}" for name in names)),
+         "picture", "host ms", "peak", "caches", "ready, s", *(f"x {name}" for name in names)),
         rows,
     )  # fmt: skip
+    if report.get("parts"):
+        _show_parts(report["parts"])
     for failure in report["failures"]:
         print(f"failed: {failure['row']}: {failure['error'].splitlines()[0]}", file=sys.stderr)
 
@@ -227,11 +237,23 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['ms']:.1f}",
         "" if full is None else f"{full:.1f}",
         *("" if pictures[n] is None else f"{pictures[n]:.2f}" for n in ("28", "50")),
+        _picture_cell(row),
         f"{row['host_ms']:.2f}",
         bytes_text(row["peak_bytes"]),
         bytes_text(row["cache_bytes"]) if row["cache_bytes"] else "",
         f"{row['prepare_seconds']:.0f}",
     )
+
+
+def _picture_cell(row: dict[str, Any]) -> str:
+    ms = row.get("picture_ms")
+    return "" if ms is None else f"{ms['total'] / 1000:.2f}"
+
+
+def _show_parts(parts: dict[str, Any]) -> None:
+    rows = [("text", name, f"{ms:.1f}") for name, ms in parts["encoders_ms"].items()]
+    rows += [("VAE", name, f"{ms:.1f}") for name, ms in parts["vae_ms"].items()]
+    show_table("a picture beside its steps, uncompiled", ("part", "", "ms"), rows)
 
 
 def _pictures(arguments: argparse.Namespace) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 from plans.errors import ArrowheadError
 from plans.models import weights_fingerprint
 from plans.plan import Plan, check_plan, resolve_source
-from trt_runtime.attachment import spec_of
 from trt_runtime.bundles import load_pretrained
 from trt_runtime.cli_common import dtype_of
 from trt_runtime.engine import DTYPES
+from trt_runtime.live import spec_of
 from trt_runtime.pipeline import load_source_pipeline
 
 

@@ -183,8 +183,8 @@ def _relocate(plan: Plan, old: Path) -> Plan:
 def import_(arguments: argparse.Namespace) -> int:
     """Translate the reference's pickles."""
     from plans.importer import import_reference
-    from trt_runtime.attachment import spec_of
     from trt_runtime.cli_models import bare_plan, load_for_planning
+    from trt_runtime.live import spec_of
 
     pipe = load_for_planning(arguments)
     bare = bare_plan(pipe, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,20 @@ def _add_run(verbs: Verbs) -> None:
         verbs,
         "run",
         run,
-        "make pictures from a bundle",
+        "make pictures from a bundle, or from a plan in PyTorch",
         '  arrowhead run bundle --prompt "a red circle above a blue square" --output circle.png\n'
-        "  arrowhead run bundle --prompts prompts.txt --seed 7 --output pictures/p.png",
+        "  arrowhead run bundle --prompts prompts.txt --seed 7 --output pictures/p.png\n"
+        '  arrowhead run --plan plan.json --device cuda --prompt "a red circle"',
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="a plan in place of BUNDLE, run in PyTorch: torch-compile with --device cuda, else "
+        "torch, unless --backend says",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="checkpoint; default: the plan's own")
     add_prompts(parser)
     parser.add_argument(
         "--output",
@@ -67,6 +77,7 @@ def _add_run(verbs: Verbs) -> None:
         help="another sampler than the plan's: refuse (default), or run all heads in full",
     )
     add_backend(parser)
+    parser.set_defaults(backend=None)  # a plan has another default than a bundle
 
 
 def _add_bench(verbs: Verbs) -> None:
@@ -114,12 +125,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     pipe = load_pipeline(
         arguments.bundle,
+        plan=arguments.plan,
+        model=arguments.model,
         backend=arguments.backend,
         on_mismatch=arguments.on_mismatch,
         device=arguments.device,
         **session_of(arguments),
     )
     pipe.set_progress_bar_config(disable=True)
+    started = time.perf_counter()
+    pipe.transformer.prepare()
+    if time.perf_counter() - started > 1:
+        print(f"prepared in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     prompts = prompts_of(arguments)
     overrides: dict[str, Any] = {
         name: getattr(arguments, name)

@@ -131,7 +131,7 @@ def triton(arguments: argparse.Namespace) -> int:
 def _explain(arguments: argparse.Namespace, folder: Path) -> None:
     """Print what the model takes and gives, what it weighs, and how it is started and called."""
     from trt_runtime.bundles import open_bundle
-    from trt_runtime.pipeline import rows_per_picture
+    from trt_runtime.live import rows_per_picture
     from trt_runtime.triton.interface import inputs, outputs
 
     bundle, plan = open_bundle(folder / str(arguments.version) / "bundle")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from plans.bundle import Bundle
 from plans.errors import ArrowheadError
 from plans.plan import Plan
 from trt_runtime.engine import CACHE_IN, CACHE_OUT, Engine, allocate
+from trt_runtime.step_clock import StepClock
 
 # Relative; a bf16 timestep has 8 bits of mantissa, so neighbours may be equal and none is exact.
 _TIMESTEP_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -39,7 +39,8 @@ class DenoiseState:
     """Owner of all caches of one pipeline; one request at a time.
 
     Each cache context ("cond", "uncond", "default") has its own step count and its own caches,
-    one buffer [B, S, Hg, D] per cache group, allocated at its first call and kept.
+    one buffer per cache that the engines declare (bundle.json's groups, [B, S, Hg, D], or a
+    backend's own), allocated at its first call and kept.
     poison: fill the caches with NaN at each reset, so that a read before a write shows.
     """
 
@@ -48,9 +49,9 @@ class DenoiseState:
     ) -> None:
         self.plan = plan
         self.poison = poison
-        self.step_seconds: list[tuple[int, float]] = []  # (bucket, seconds), in order of the calls
         self._bundle = bundle
         self._engines = engines
+        self._clock = StepClock(engines[plan.schedule[0]].device)
         self._contexts: dict[str, _Context] = {}
         self._timesteps: list[float] = []
         self._schedule: Sequence[int] = ()
@@ -66,6 +67,31 @@ class DenoiseState:
     def steps(self) -> int:
         return len(self._timesteps)
 
+    @property
+    def step_seconds(self) -> list[tuple[int, float]]:
+        """(bucket, seconds) of each call, in their order; waits until the last one is done."""
+        return self._clock.seconds
+
+    @property
+    def buckets_run(self) -> list[int]:
+        """The bucket of each call, in their order."""
+        return self._clock.buckets
+
+    def forget_times(self) -> None:
+        """Forget which calls there were and how long they took."""
+        self._clock.clear()
+
+    def prepare(self, name: str) -> None:
+        """Allocate and bind all that context `name` needs, so that no step has to.
+
+        Engines that compile or capture do so here, and run once on what the buffers hold.
+        """
+        context = self._contexts.get(name) or self._open(name)
+        for bucket in sorted(set(self.plan.schedule) - set(context.runs)):
+            self._bind(context, bucket)
+        if self.poison:
+            context.poison()
+
     def step_of(self, name: str) -> int:
         """Count the calls context `name` has made in this run."""
         context = self._contexts.get(name)
@@ -80,7 +106,7 @@ class DenoiseState:
         fall_back: a run that starts in mid-schedule becomes dense instead of an error.
         """
         self.reset()
-        self.step_seconds = []  # kept by reset: pipelines reset at their end
+        self.forget_times()  # kept by reset: pipelines reset at their end
         self._timesteps = [float(t) for t in timesteps]
         self._schedule = self.plan.schedule
         self._any_timestep, self._fall_back = False, fall_back
@@ -123,14 +149,14 @@ class DenoiseState:
             )
         if not self._any_timestep:
             self._check_timestep(step, arguments["timestep"], timestep_scale)
-        started = time.perf_counter()
         for key, buffer in context.feeds.items():
             buffer.copy_(arguments[key])
         bucket = self._schedule[step]
         run = context.runs.get(bucket) or self._bind(context, bucket)
+        self._clock.start()
         run()
+        self._clock.stop(bucket)
         context.step = step + 1
-        self.step_seconds.append((bucket, time.perf_counter() - started))
         return context.sample
 
     def cache_bytes(self) -> int:

@@ -122,7 +122,7 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    return _package("torch", "plan search, backend torch", "pip install torch")
+    return _package("torch", "plan search, backends torch and torch-compile", "pip install torch")
 
 
 def _gpu() -> Finding:
@@ -225,7 +225,9 @@ def _plugin_library() -> Finding:
 
 
 def _kernel_library() -> Finding:
-    good_for = "backend torch with --device cuda, fp16 and bf16: attention as one kernel"
+    good_for = (
+        "backends torch, torch-compile with --device cuda, fp16, bf16: attention in one kernel"
+    )
     try:
         load_library()
     except ArrowheadError as error:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from plans.errors import ArrowheadError
-from plans.plan import Plan
+from plans.plan import Plan, load_plan, resolve_source
 from trt_runtime.attachment import attach
 from trt_runtime.bundles import load_pretrained, model_source, open_bundle
 from trt_runtime.engine import DTYPES
+from trt_runtime.live import rows_per_picture
 from trt_runtime.transformer import ArrowheadTransformer
 
 
@@ -36,17 +37,34 @@ class Picture:
 
 
 def load_pipeline(
-    folder: Path | str,
+    folder: Path | str | None = None,
     *,
-    backend: str = "onnxruntime",
+    plan: Path | str | None = None,
+    model: str | None = None,
+    backend: str | None = None,
     on_mismatch: str = "error",
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Any:
     """Load the bundle's diffusers pipeline with the bundle as its transformer.
 
-    The checkpoint's own transformer weights are not read, unless the backend is "torch".
+    The checkpoint's own transformer weights are not read, unless a backend of PyTorch runs them.
+    plan: a plan file in place of a bundle, for those backends; model: the checkpoint, if not the
+    one that the plan names; dtype: of the pipeline, fp32 on a CPU and bf16 on a GPU by default.
     """
+    if (folder is None) == (plan is None):
+        raise ArrowheadError(
+            "what to run",
+            got="neither a bundle nor a plan" if folder is None else "both a bundle and a plan",
+            expected="one of them",
+            fix="pass a bundle folder, or a plan",
+        )
+    if folder is None:
+        assert plan is not None
+        pipe = _pipeline_of_plan(Path(plan), model, device, dtype)
+        attach(pipe, plan=plan, backend=backend, on_mismatch=on_mismatch, **options)
+        return pipe
     bundle, _ = open_bundle(folder)
     pipe = load_source_pipeline(
         model_source(bundle, folder),
@@ -57,6 +75,21 @@ def load_pipeline(
     ).to(device)
     attach(pipe, folder, backend=backend, on_mismatch=on_mismatch, device=device, **options)
     return pipe
+
+
+def _pipeline_of_plan(path: Path, model: str | None, device: str, dtype: torch.dtype | None) -> Any:
+    plan = load_plan(path)
+    source = model or resolve_source(plan, path.resolve().parent)
+    if source is None:
+        raise ArrowheadError(
+            f"plan {path}",
+            got="no model.source",
+            expected="the checkpoint it was made for",
+            fix="pass --model",
+        )
+    default = torch.float32 if device == "cpu" else torch.bfloat16
+    revision = None if model else plan.model.revision
+    return load_source_pipeline(source, dtype=dtype or default, revision=revision).to(device)
 
 
 def load_source_pipeline(
@@ -90,12 +123,6 @@ def pipeline_kwargs(plan: Plan, pipe: Any) -> dict[str, Any]:
         "guidance_scale": plan.sampler.guidance_scale,
         "max_sequence_length": text,
     }
-
-
-def rows_per_picture(plan: Plan) -> int:
-    """Rows of a transformer call that one picture takes: two where it has a negative row."""
-    pairs = plan.sampler.cfg and plan.model.architecture == "SD3Transformer2DModel"
-    return 2 if pairs else 1
 
 
 def pictures_per_call(transformer: ArrowheadTransformer) -> int:

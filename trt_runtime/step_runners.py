@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trt_runtime.picture_parts import Parts
+
 EAGER = "eager"
 BASELINES = (EAGER, "torch.compile", "torch.compile-blocks", "torch.compile-max-autotune")
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -40,6 +42,7 @@ class Settings:
     repeats: int = 3
     full_step: bool = True
     loop: bool = False
+    parts: Parts | None = None  # of the picture, measured beside the loop
     profile: bool = False
 
 

@@ -1,4 +1,4 @@
-"""A plan on the diffusers transformer under torch.compile, one CUDA graph for each bucket."""
+"""A diffusers transformer, or a plan on it, under torch.compile and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,26 +8,201 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plans import sdpa as _register_sdpa  # noqa: F401  (the operators on CUDA without a library)
 from plans.errors import ArrowheadError
-from plans.plan import Plan
-from plans.prepared import PreparedPlan
+from plans.plan import Plan, cache_flow
+from plans.prepared import PreparedBucket, PreparedPlan
+from plans.tiles import CACHED
 from trt_runtime.kernels import use_kernels
 
-COMPILE = ("none", "blocks", "model")
-_GRAPHS = 256
+COMPILE = ("auto", "none", "blocks", "model")
 BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 
+# Graphs of one function: in a searched plan each block of each bucket may need one of its own.
+_GRAPHS = 4096
+_LIMITS = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS}
 
-class CompiledPlan:
-    """All steps of a plan on one transformer, whose weights, code and attributes stay as they are.
+# The stock transformer's attention: cuDNN's is the fastest on Hopper, and the first to be tried.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]  # fmt: skip
+
+
+# One graph of a whole transformer costs this share of its blocks compiled one by one, each unlike
+# the others: kernels that occur twice in a graph are made once. Measured with Inductor for CPUs,
+# eight FLUX single blocks with 12 to 23 heads: 0.64 and 0.70 of the processor time.
+_WHOLE = 0.7
+
+
+def choose_compile(plan: Plan) -> str:
+    """Say which way compiles a plan fastest; a step takes the same time either way.
+
+    By blocks where many are alike, as where each module has as many heads of each mode; a searched
+    plan, in which hardly two are, as a whole.
+    """
+    flow, distinct, total = cache_flow(plan), set(), 0
+    for index, bucket in enumerate(plan.buckets):
+        blocks: dict[str, list[Any]] = {}
+        for module in plan.modules:
+            reads = [g for g in flow.reads(index) if g.module == module.name]
+            writes = [len(g.heads) for g in flow.writes(index) if g.module == module.name]
+            computed = sum(mode != CACHED for mode in bucket.modes[module.name])
+            block = module.name.rpartition(".")[0]
+            blocks.setdefault(block, []).append((computed, len(reads), *writes))
+        total += len(blocks)
+        distinct |= {(name.rpartition(".")[0], *parts) for name, parts in blocks.items()}
+    return "blocks" if len(distinct) <= _WHOLE * total else "model"
+
+
+class CompiledTransformer:
+    """A transformer whose weights, code and attributes stay as they are, bound to fixed buffers.
 
     compile: "blocks" compiles each class of blocks once for all blocks whose heads count alike;
-    "model" the whole transformer, for each bucket; "none" nothing. prune, fuse_gelu: as in
-    plans.prepared. cuda_graph: capture each bucket's step at its first call; None: on CUDA, where
-    the kernel library is there. A step never allocates after its bucket's first call on CUDA
-    graphs. Errors of torch.compile (a graph break, too many graphs) are raised, never swallowed.
+    "model" the whole transformer, for each bucket; "none" nothing; "auto" is choose_compile's for a
+    plan, and else "model". Errors of torch.compile (a graph break, too many graphs) are raised,
+    never swallowed. cuda_graph: replay a captured step, so that the host makes one call; it reads
+    weights where they lay, which stay alive there though the transformer is moved.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        compile: str,
+        cuda_graph: bool,
+        compiler: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        if compile not in COMPILE:
+            raise ArrowheadError(
+                "compile", got=compile, expected=f"one of {COMPILE}", fix="pass one of them"
+            )
+        self._transformer = transformer
+        self._compile = "model" if compile == "auto" else compile
+        self._compiler = compiler
+        self._cuda_graph = cuda_graph
+        self._blocks = [
+            m for m in transformer.modules()
+            if compile == "blocks" and type(m).__name__ in BLOCKS
+        ]  # fmt: skip
+        self._compiled: dict[int, Callable[..., Any]] = {}
+        self._weights = [w.detach() for w in (*transformer.parameters(), *transformer.buffers())]
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def bind(
+        self, bucket: PreparedBucket, inputs: Mapping[str, Tensor], sample: Tensor
+    ) -> Callable[[], None]:
+        """Compile and capture a bucket on these buffers; give a call that runs it on them.
+
+        It runs the bucket on the caches as they are: a bucket writes no cache that it reads, so
+        running it once more changes nothing. What it gives allocates nothing with cuda_graph.
+        """
+        if self._cuda_graph:
+            return self._capture(bucket, inputs, sample)
+
+        def run() -> None:
+            with self.installed(bucket):
+                sample.copy_(self.call(inputs))
+
+        if self._compile != "none":
+            run()
+        return run
+
+    @torch.no_grad()
+    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run what is installed, without a CUDA graph."""
+        forward = self._transformer.forward
+        if self._compile == "model":
+            if 0 not in self._compiled:
+                self._compiled[0] = self._torch_compile(forward)
+            forward = self._compiled[0]
+        # A graph for each class of blocks and bucket, and all of them are of one function.
+        with torch._dynamo.config.patch(_LIMITS):
+            return forward(**inputs, return_dict=False)[0]
+
+    @contextmanager
+    def installed(self, bucket: PreparedBucket) -> Iterator[None]:
+        """Have the transformer be the bucket, compiled; what was there before comes back after."""
+        name = "_compiled_call_impl"  # nn.Module calls it in the place of its own
+        before = [block.__dict__.get(name) for block in self._blocks]
+        with bucket.installed():
+            try:
+                for block in self._blocks:
+                    if id(block) not in self._compiled:
+                        self._compiled[id(block)] = self._torch_compile(block._call_impl)
+                    block.__dict__[name] = self._compiled[id(block)]
+                yield
+            finally:
+                for block, own in zip(self._blocks, before, strict=True):
+                    block.__dict__.pop(name, None)
+                    if own is not None:
+                        block.__dict__[name] = own
+
+    def close(self) -> None:
+        """Drop compiled code and weights; what `bind` gave must be dropped with it."""
+        self._compiled.clear()
+        self._blocks, self._weights = [], []
+        self._pool = self._stream = None
+
+    def _torch_compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=self._compiler)
+
+    def _capture(
+        self, bucket: PreparedBucket, inputs: Mapping[str, Tensor], sample: Tensor
+    ) -> Callable[[], None]:
+        with torch.cuda.device(sample.device), self.installed(bucket):
+            # All graphs share their working memory: they run one after another.
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._stream = stream = self._stream or torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    sample.copy_(self.call(inputs))
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                sample.copy_(self.call(inputs))
+        kept = (bucket, inputs, sample)  # a graph knows addresses alone
+
+        def run() -> None:
+            if kept:
+                graph.replay()
+
+        return run
+
+
+class CompiledStock(CompiledTransformer):
+    """The transformer without a plan, compiled whole: what a plan is measured against."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        compile: str = "auto",
+        cuda_graph: bool | None = None,
+        compiler: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        self._on_gpu = next(transformer.parameters()).device.type == "cuda"
+        if cuda_graph is None:
+            cuda_graph = self._on_gpu
+        super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, compiler=compiler)
+
+    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if not self._on_gpu:
+            return super().call(inputs)
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            return super().call(inputs)
+
+
+class CompiledPlan(CompiledTransformer):
+    """All steps of a plan on one transformer.
+
+    prune, fuse_gelu, own_caches: as in plans.prepared. cuda_graph: capture each bucket's step at
+    its first call; None: on CUDA, where the kernel library is there. A step never allocates after
+    its bucket's first call on CUDA graphs.
     """
 
     def __init__(
@@ -36,112 +211,49 @@ class CompiledPlan:
         plan: Plan,
         *,
         batch: int,
-        compile: str = "blocks",
+        compile: str = "auto",
         prune: bool = True,
         fuse_gelu: bool = True,
+        own_caches: bool = True,
         cuda_graph: bool | None = None,
-        backend: str | Callable[..., Any] = "inductor",
+        compiler: str | Callable[..., Any] = "inductor",
     ) -> None:
-        if compile not in COMPILE:
-            raise ArrowheadError(
-                "compile", got=compile, expected=f"one of {COMPILE}", fix="pass one of them"
-            )
         first = next(transformer.parameters())
         self.attention = use_kernels(first.device, first.dtype)
-        self.plan = plan
-        self.prepared = PreparedPlan(
-            transformer, plan, batch=batch, prune=prune, fuse_gelu=fuse_gelu
-        )
-        self._transformer = transformer
-        self._compile = compile
-        self._backend = backend
         if cuda_graph is None:
             cuda_graph = self.attention == "kernel library"
-        self._cuda_graph = cuda_graph
-        self._compiled: dict[int, Callable[..., Any]] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if compile == "auto":
+            compile = choose_compile(plan)
+        super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, compiler=compiler)
+        self.plan = plan
+        self.prepared = PreparedPlan(
+            transformer, plan, batch=batch, prune=prune, fuse_gelu=fuse_gelu, own_caches=own_caches
+        )
         self._inputs: dict[str, Tensor] = {}
         self._sample: Tensor | None = None
+        self._runs: dict[int, Callable[[], None]] = {}
 
     def step(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run step `step` of the schedule; give the sample, good until the next call."""
         return self.run(self.plan.schedule[step], inputs)
 
     def run(self, bucket: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run one bucket on the caches as they are."""
+        """Run one bucket on its own caches as they are."""
         self.prepared.use(bucket)
-        if not self._cuda_graph:
-            with self.installed(bucket):
-                return self.call(bucket, inputs)
-        self._copy(inputs)
-        key = bucket if self.prepared.prune else 0
-        if key not in self._graphs:
-            self._capture(key)
-        self._graphs[key].replay()
-        assert self._sample is not None
-        return self._sample
-
-    @torch.no_grad()
-    def call(self, bucket: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run an installed bucket without its CUDA graph."""
-        forward = self._transformer.forward
-        if self._compile == "model":
-            if bucket not in self._compiled:
-                self._compiled[bucket] = self._torch_compile(forward)
-            forward = self._compiled[bucket]
-        # A graph for each class of blocks and bucket, and all of them are of one function.
-        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
-            return forward(**inputs, return_dict=False)[0]
-
-    @contextmanager
-    def installed(self, bucket: int) -> Iterator[None]:
-        """Have the transformer be the bucket, compiled; what was there before comes back after."""
-        blocks = []
-        if self._compile == "blocks":
-            blocks = [m for m in self._transformer.modules() if type(m).__name__ in BLOCKS]
-        with self.prepared.buckets[bucket].installed():
-            try:
-                for block in blocks:
-                    if id(block) not in self._compiled:
-                        self._compiled[id(block)] = self._torch_compile(block._call_impl)
-                    block.__dict__["_compiled_call_impl"] = self._compiled[id(block)]
-                yield
-            finally:
-                for block in blocks:
-                    block.__dict__.pop("_compiled_call_impl", None)
-
-    def _torch_compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
-
-    def _copy(self, inputs: Mapping[str, Tensor]) -> None:
-        if not self._inputs:
+        if self._sample is None:
             self._inputs = {name: value.clone() for name, value in inputs.items()}
+            self._sample = torch.empty_like(inputs["hidden_states"])
         for name, buffer in self._inputs.items():
-            if buffer is not inputs[name]:
-                buffer.copy_(inputs[name])
-
-    def _capture(self, bucket: int) -> None:
-        """Run a bucket until it is compiled, then capture it. Runs it on the caches: harmless."""
-        with self.installed(bucket):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    sample = self.call(bucket, self._inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            if self._sample is None:
-                self._sample = sample.clone()
-            del sample
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
-                self._sample.copy_(self.call(bucket, self._inputs))
-        self._graphs[bucket] = graph
+            buffer.copy_(inputs[name])
+        key = bucket if self.prepared.prune else 0
+        if key not in self._runs:
+            self._runs[key] = self.bind(self.prepared.buckets[bucket], self._inputs, self._sample)
+        self._runs[key]()
+        return self._sample
 
     def close(self) -> None:
         """Drop graphs, compiled code, prepared weights and caches."""
-        self._graphs.clear()
-        self._compiled.clear()
+        super().close()
+        self._runs.clear()
         self._inputs, self._sample = {}, None
-        self.prepared.buckets.clear()
-        self.prepared.caches.clear()
+        self.prepared.drop()

@@ -32,6 +32,7 @@ class ArrowheadTransformer(nn.Module):
     """
 
     timestep_scale = 1.0
+    prompt_context = "default"
 
     def __init__(
         self, bundle: Bundle, plan: Plan, engines: Mapping[int, Engine], *, poison: bool = False
@@ -83,6 +84,15 @@ class ArrowheadTransformer(nn.Module):
         self.state.reset()
 
     _reset_stateful_cache = reset
+
+    def prepare(self) -> None:
+        """Allocate, compile and capture what the pipeline's calls need, before the first of them.
+
+        For the context of the calls with the prompt; FLUX's true CFG prepares its second one at
+        its first step.
+        """
+        self.reset()
+        self.state.prepare(self.prompt_context)
 
     def close(self) -> None:
         """Release engines, weights and caches."""
@@ -234,6 +244,7 @@ class ArrowheadFluxTransformer(ArrowheadTransformer):
     """In the place of FluxTransformer2DModel."""
 
     timestep_scale = 1e-3  # FluxPipeline passes timestep / 1000
+    prompt_context = "cond"
 
     def forward(
         self,

@@ -70,7 +70,7 @@ def test_rows_hold_both_sides_and_pictures(
     architecture: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpruned = "torch-compile-unpruned"
-    monkeypatch.setitem(BACKENDS, unpruned, {**BACKENDS[unpruned], "backend": "aot_eager"})
+    monkeypatch.setitem(BACKENDS, unpruned, {**BACKENDS[unpruned], "compiler": "aot_eager"})
     partial: list[int] = []
     report = measure_steps(
         architecture,

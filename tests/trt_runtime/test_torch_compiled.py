@@ -13,11 +13,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from plans.architectures import ARCHITECTURES
 from plans.errors import ArrowheadError
 from plans.plan import Bucket, Plan
+from plans.synthetic import Mix, synthetic_plan
 from tests import tiny
 from tests.plans.test_prepared import by_processors
-from trt_runtime.torch_compiled import CompiledPlan
+from trt_runtime.torch_compiled import CompiledPlan, choose_compile
 
 MODELS: dict[str, Callable[[], Any]] = {
     "sd3": lambda: tiny.tiny_sd3(num_layers=4),
@@ -55,7 +57,7 @@ def test_block_classes_are_compiled_once_for_each_bucket(kind: str, prune: bool)
     model = MODELS[kind]()
     plan, backend = even_plan(model), counter()
     expected = by_processors(model, plan)
-    compiled = CompiledPlan(model, plan, batch=2, prune=prune, backend=backend)
+    compiled = CompiledPlan(model, plan, batch=2, compile="blocks", prune=prune, compiler=backend)
     compiled.prepared.reset(math.nan)
     graphs = []
     for step in range(plan.steps):
@@ -73,7 +75,7 @@ def test_a_searched_plan_compiles_whole_with_every_mode_and_module_all_cached(ki
     model = MODELS[kind]()
     plan, backend = tiny.random_plan(model), counter()
     expected = by_processors(model, plan)
-    compiled = CompiledPlan(model, plan, batch=2, compile="model", backend=backend)
+    compiled = CompiledPlan(model, plan, batch=2, compile="model", compiler=backend)
     compiled.prepared.reset(math.nan)
     for step in range(plan.steps):
         sample = compiled.step(step, tiny.inputs_of(model, step))
@@ -101,10 +103,33 @@ def test_the_transformer_is_its_own_between_steps() -> None:
     plan = even_plan(model)
     inputs = tiny.inputs_of(model)
     before = model(**inputs, return_dict=False)[0]
-    compiled = CompiledPlan(model, plan, batch=2, backend=counter())
+    compiled = CompiledPlan(model, plan, batch=2, compile="blocks", compiler=counter())
     compiled.step(0, inputs)
+    first = model.transformer_blocks[0]
+    first._compiled_call_impl = own = lambda *_: None  # as block.compile() leaves one
+    compiled.step(0, inputs)
+    assert first._compiled_call_impl is own
+    del first._compiled_call_impl
     assert torch.equal(model(**inputs, return_dict=False)[0], before)
     assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())
+
+
+def test_plans_are_compiled_by_blocks_where_many_are_alike() -> None:
+    plan = synthetic_plan(
+        ARCHITECTURES["flux.1-dev"], [Mix(6, 12, 4, 6), Mix(4, 10, 4, 10)], height=1024, width=1024
+    )
+    assert choose_compile(plan) == "blocks"
+    rng = random.Random(1)
+    searched = [plan.buckets[0]]
+    for _ in plan.buckets[1:]:  # some modules keep few heads, some nearly all, as a search leaves
+        rows = {}
+        for module in plan.modules:
+            share = rng.random()
+            rows[module.name] = tuple(
+                -2 if rng.random() < share else 0 for _ in range(module.heads)
+            )
+        searched.append(Bucket(rows))
+    assert choose_compile(replace(plan, buckets=tuple(searched))) == "model"
 
 
 def test_another_way_to_compile_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from plans.bundle import Bundle, CacheSpec, GraphSpec, TensorSpec
-from plans.plan import Plan, cache_flow, dense_plan
+from plans.bundle import Bundle
+from plans.plan import Plan, dense_plan
 from tests import tiny
+from trt_runtime.live import live_bundle
 from trt_runtime.torch_engine import TorchEngine
 from trt_runtime.transformer import TRANSFORMERS, ArrowheadTransformer
 
@@ -28,54 +30,13 @@ def tiny_model(kind: str) -> Any:
 
 
 def bundle_of(model: Any, plan: Plan, batch: int) -> Bundle:
-    """What an export would say of I/O, without files."""
-    inputs = tiny.inputs_of(model, batch=batch)
-    fixed = tuple(
-        TensorSpec(name, "float32", tuple(tensor.shape))
-        for name, tensor in inputs.items()
-        if not name.endswith("_ids")
+    """What an export would say of I/O, with file names but without files."""
+    bundle = live_bundle(plan, model, batch)
+    graphs = tuple(replace(graph, file=f"bucket_{graph.bucket}.onnx") for graph in bundle.graphs)
+    dense = replace(bundle.dense or graphs[0], file="dense.onnx")
+    return replace(
+        bundle, graphs=graphs, dense=dense, weights_file="weights.bin", weights_sha256="0" * 64
     )
-    sample = TensorSpec("sample", "float32", tuple(inputs["hidden_states"].shape))
-    flow = cache_flow(plan)
-    modules = {module.name: module for module in plan.modules}
-
-    def caches(groups: Any, prefix: str) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(f"{prefix}.{group.name}", "float32", _shape(modules, group, batch))
-            for group in groups
-        )
-
-    graphs = tuple(
-        GraphSpec(
-            f"bucket_{b}.onnx",
-            b,
-            (*fixed, *caches(flow.reads(b), "cache_in")),
-            (sample, *caches(flow.writes(b), "cache_out")),
-            (),
-        )
-        for b in range(len(plan.buckets))
-    )
-    return Bundle(
-        plan_sha256=plan.sha256,
-        model={"architecture": plan.model.architecture},
-        config=dict(model.config),
-        dtype="float32",
-        batch=batch,
-        weights_file="weights.bin",
-        weights_sha256="0" * 64,
-        cache_groups=tuple(
-            CacheSpec(group.name, group.heads, _shape(modules, group, batch))
-            for group in flow.groups
-        ),
-        graphs=graphs,
-        dense=GraphSpec("dense.onnx", None, fixed, (sample,), ()),
-        versions={},
-    )
-
-
-def _shape(modules: Any, group: Any, batch: int) -> tuple[int, ...]:
-    module = modules[group.module]
-    return (batch, module.layout.seq_len, len(group.heads), module.head_dim)
 
 
 def torch_proxy(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from plans.bundle import Bundle
 from plans.plan import Plan
-from trt_runtime.pipeline import rows_per_picture
+from trt_runtime.live import rows_per_picture
 
 KINDS = ("picture", "stream")  # one answer a request, or one a step and then the picture
 

@@ -15,8 +15,8 @@ from typing import Any
 from plans.bundle import Bundle, load_bundle, save_bundle
 from plans.errors import ArrowheadError, atomic_write
 from plans.plan import Plan
-from trt_runtime.bundles import BACKENDS, model_source, open_bundle
-from trt_runtime.pipeline import rows_per_picture
+from trt_runtime.bundles import BACKENDS, TORCH_BACKENDS, model_source, open_bundle
+from trt_runtime.live import rows_per_picture
 from trt_runtime.triton.interface import KINDS, Field, inputs, outputs
 
 _MODEL_PY = '''\
@@ -218,7 +218,7 @@ def _copy_checkpoint(bundle: Bundle, folder: Path, target: Path, backend: str) -
     (target / _CHECKPOINT).mkdir()
     shutil.copy2(source / "model_index.json", target / _CHECKPOINT)
     for part in parts:
-        if part != "transformer" or backend == "torch":
+        if part != "transformer" or backend in TORCH_BACKENDS:
             shutil.copytree(source / part, target / _CHECKPOINT / part)
     placed = load_bundle(target / _BUNDLE)
     model = {**placed.model, "source": f"../{_CHECKPOINT}"}

@@ -44,7 +44,7 @@ class PictureService:
         prompts, seeds, overrides = self._arguments(asked)
         steps = _Steps(self.pipe, on_step)
         # What a call that never began has run: nothing.
-        self.transformer.state.step_seconds = []
+        self.transformer.state.forget_times()
         try:
             pictures = draw(self.pipe, prompts, seeds, on_step=steps, **overrides)
         finally:
@@ -54,7 +54,7 @@ class PictureService:
 
     def buckets_run(self) -> list[int]:
         """Give the bucket of each transformer call of the last draw, finished or not."""
-        return [bucket for bucket, _ in self.transformer.state.step_seconds]
+        return self.transformer.state.buckets_run
 
     def close(self) -> None:
         """Release engines, weights and caches."""
