@@ -95,9 +95,7 @@ def export_bundle(
             batch_range=dynamic,
             weights_file=WEIGHTS_FILE,
             weights_sha256=weights_sha256,
-            cache_groups=tuple(
-                _cache_spec(plan, group, rows) for group in cache_flow(plan).groups
-            ),
+            cache_groups=tuple(_cache_spec(plan, group, rows) for group in cache_flow(plan).groups),
             graphs=tuple(graph for graph in graphs if graph.bucket is not None),
             dense=next((graph for graph in graphs if graph.bucket is None), None),
             versions=_versions(),

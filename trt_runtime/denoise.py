@@ -27,8 +27,9 @@ class _Context:
     feeds: dict[str, Tensor]
     caches: dict[str, Tensor]
     sample: Tensor
-    runs: dict[int, Callable[[], None]] = field(default_factory=dict)
+    runs: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)  # bucket, rows
     step: int = 0
+    rows: int = 0  # of the run's calls, as its first call has them
 
     def poison(self) -> None:
         for cache in self.caches.values():
@@ -39,7 +40,8 @@ class DenoiseState:
     """Owner of all caches of one pipeline; one request at a time.
 
     Each cache context ("cond", "uncond", "default") has its own step count and its own caches,
-    one buffer [B, S, Hg, D] per cache group, allocated at its first call and kept.
+    one buffer [B, S, Hg, D] per cache group, allocated at its first call and kept. Where the rows of
+    a call may vary, buffers are for the most of them, and each run uses the first it needs.
     poison: fill the caches with NaN at each reset, so that a read before a write shows.
     """
 
@@ -123,15 +125,19 @@ class DenoiseState:
             )
         if not self._any_timestep:
             self._check_timestep(step, arguments["timestep"], timestep_scale)
+        rows = arguments["timestep"].shape[0]
+        if step == 0:
+            context.rows = rows
+        _check_rows(context, rows)
         started = time.perf_counter()
         for key, buffer in context.feeds.items():
-            buffer.copy_(arguments[key])
+            buffer[:rows].copy_(arguments[key])
         bucket = self._schedule[step]
-        run = context.runs.get(bucket) or self._bind(context, bucket)
+        run = context.runs.get((bucket, rows)) or self._bind(context, bucket)
         run()
         context.step = step + 1
         self.step_seconds.append((bucket, time.perf_counter() - started))
-        return context.sample
+        return context.sample[:rows]
 
     def cache_bytes(self) -> int:
         """Bytes of all caches allocated so far, over all contexts."""
@@ -165,7 +171,7 @@ class DenoiseState:
         return context
 
     def _bind(self, context: _Context, bucket: int) -> Callable[[], None]:
-        engine = self._engines[bucket]
+        engine, rows = self._engines[bucket], context.rows
         feeds = dict(context.feeds)
         outputs = {"sample": context.sample}
         for spec in engine.inputs:
@@ -174,7 +180,8 @@ class DenoiseState:
         for spec in engine.outputs:
             if spec.name.startswith(CACHE_OUT):
                 outputs[spec.name] = context.caches[spec.name.removeprefix(CACHE_OUT)]
-        context.runs[bucket] = run = engine.bind(feeds, outputs)
+        feeds, outputs = ({n: t[:rows] for n, t in x.items()} for x in (feeds, outputs))
+        context.runs[bucket, rows] = run = engine.bind(feeds, outputs)
         return run
 
     def _check_timestep(self, step: int, timestep: Tensor, scale: float) -> None:
@@ -207,4 +214,16 @@ class DenoiseState:
             expected=f"{self._timesteps[step]:g}, as the scheduler set it",
             fix="call the transformer once a step and in order, or name the separate calls of a "
             "step by cache_context",
+        )
+
+
+def _check_rows(context: _Context, rows: int) -> None:
+    """Refuse another number of rows within a run: its caches hold those of the first call."""
+    if rows != context.rows:
+        raise ArrowheadError(
+            f"rows of step {context.step}",
+            got=rows,
+            expected=f"{context.rows}, as the run's first call had: the caches hold those",
+            fix="draw all steps of a picture with one number of rows; another begins with a run "
+            "of its own (scheduler.set_timesteps)",
         )
