@@ -84,7 +84,8 @@ def _fix_reshapes(graph: ir.Graph) -> None:
         shape = node.outputs[0].shape
         if node.op_type != "Reshape" or node.domain or shape is None or not shape.is_dynamic():
             continue
-        if ir.convenience.get_const_tensor(node.inputs[1]) is not None:
+        given = node.inputs[1]
+        if given is None or ir.convenience.get_const_tensor(given) is not None:
             continue
         dims = [dim if isinstance(dim, int) else -1 for dim in shape]
         if dims.count(-1) != 1 or 0 in dims:  # several unknown, or -1 beside nothing
@@ -130,9 +131,10 @@ def _name_batch(graph: ir.Graph) -> None:
     symbols = {dim for x in graph.inputs if x.shape for dim in x.shape if not isinstance(dim, int)}
     values = (value for node in graph for value in node.outputs)
     for value in (*graph.inputs, *values):
-        for axis, dim in enumerate(value.shape or ()):
+        shape = value.shape or ir.Shape(())
+        for axis, dim in enumerate(shape):
             if dim in symbols:
-                value.shape[axis] = BATCH
+                shape[axis] = BATCH
 
 
 def _forget_origin(model: ir.Model) -> None:

@@ -40,8 +40,8 @@ class DenoiseState:
     """Owner of all caches of one pipeline; one request at a time.
 
     Each cache context ("cond", "uncond", "default") has its own step count and its own caches,
-    one buffer [B, S, Hg, D] per cache group, allocated at its first call and kept. Where the rows of
-    a call may vary, buffers are for the most of them, and each run uses the first it needs.
+    one buffer [B, S, Hg, D] per cache group, allocated at its first call and kept. Where a bundle
+    takes a range of rows, buffers are for the most, and a run of fewer uses the first of them.
     poison: fill the caches with NaN at each reset, so that a read before a write shows.
     """
 
