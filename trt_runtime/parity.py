@@ -88,19 +88,14 @@ def compare_graphs(
                 expected, got = (allocate(graph.outputs, rows, device) for _ in range(2))
                 reference.run(feeds, expected)
                 engine.run(feeds, got)
-                tolerance = TOLERANCE[bundle.dtype]
-                results.append(_parity(graph.bucket, rows, expected, got, tolerance))
+                results.append(_parity(graph.bucket, expected, got, TOLERANCE[bundle.dtype]))
     if progress is not None:
         progress("compared", len(graphs), len(graphs))
     return results
 
 
 def _parity(
-    bucket: int | None,
-    rows: int,
-    expected: dict[str, Tensor],
-    got: dict[str, Tensor],
-    tolerance: float,
+    bucket: int | None, expected: dict[str, Tensor], got: dict[str, Tensor], tolerance: float
 ) -> GraphParity:
     def row(name: str) -> GraphParity:
         reference = expected[name].float()
@@ -108,10 +103,10 @@ def _parity(
         largest = float(reference.abs().max())
         # Not `>`: a NaN compares false, and must fail.
         passed = difference <= tolerance * max(1.0, largest)
-        return GraphParity(bucket, rows, name, difference, largest, passed)
+        return GraphParity(bucket, len(reference), name, difference, largest, passed)
 
-    found = [row(name) for name in expected]
-    return max(found, key=lambda r: (not r.passed, r.max_abs / max(1.0, r.reference_max)))
+    rows = [row(name) for name in expected]
+    return max(rows, key=lambda r: (not r.passed, r.max_abs / max(1.0, r.reference_max)))
 
 
 def max_abs_difference(a: Tensor, b: Tensor) -> float:
