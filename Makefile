@@ -7,6 +7,8 @@ PLAN      ?= plans/library/tiny-sd3.json
 MODEL     ?=
 BACKEND   ?= onnxruntime
 DTYPE     ?= fp32
+# Rows of a transformer call: a number, or least, tuned-for and most, as in BATCH="2 2 8".
+BATCH     ?=
 OUT       ?= build/$(basename $(notdir $(PLAN)))-$(DTYPE)
 STEPS     ?= 28
 DELTA     ?= 0.2
@@ -43,7 +45,8 @@ plan: $(READY)
 
 engine: $(READY)
 	$(ARROWHEAD) build --plan $(PLAN) $(if $(MODEL),--model $(MODEL)) --output $(OUT) \
-	    --dtype $(DTYPE) --backend $(BACKEND) --verify --fallback
+	    --dtype $(DTYPE) --backend $(BACKEND) --verify --fallback \
+	    $(if $(BATCH),--batch$(if $(word 2,$(BATCH)),-range) $(BATCH))
 
 # The kernel library. cmake and ninja may be those of the `cuda` extra in $(VENV).
 plugins: export PATH := $(abspath $(BIN)):$(PATH)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from plans.bundle import GraphSpec, TensorSpec, load_bundle
+from plans.bundle import BATCH, GraphSpec, TensorSpec, load_bundle
 from plans.plan import load_plan
 
 MERGED = "merged."  # and the module's name: what the export calls the operators' outputs
@@ -33,7 +33,8 @@ def exposed_graph(folder: Path | str, bucket: int) -> Iterator[GraphSpec]:
     for module in load_plan(folder / bundle.plan_file).modules:
         name = MERGED + module.name
         if name in names:
-            shape = (bundle.batch, module.layout.seq_len, module.heads, module.head_dim)
+            batch = bundle.batch if bundle.batch_range is None else BATCH
+            shape = (batch, module.layout.seq_len, module.heads, module.head_dim)
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
             specs.append(TensorSpec(name, bundle.dtype, shape))
     path = folder / f".exposed_{graph.file}"

@@ -21,7 +21,9 @@ from exporter.graphs import bucket_graph, cache_shape, dense_graph, fix_position
 from exporter.graphs import step_inputs as make_inputs
 from exporter.weights import WeightsFile
 from plans.bundle import (
+    BATCH,
     BUNDLE_FILE,
+    BatchRange,
     Bundle,
     CacheSpec,
     GraphSpec,
@@ -31,7 +33,7 @@ from plans.bundle import (
 )
 from plans.errors import ArrowheadError
 from plans.models import complete_config, model_spec, weights_fingerprint
-from plans.plan import Plan, cache_flow, check_plan, save_plan
+from plans.plan import CacheGroup, Plan, cache_flow, check_plan, save_plan
 from plans.stock import check_stock
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -56,27 +58,32 @@ def export_bundle(
     folder: Path | str,
     *,
     dtype: str | torch.dtype,
-    batch: int,
+    batch: int | tuple[int, int, int],
     source: str | None = None,
     dense: bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a diffusers SD3 or FLUX transformer as a bundle folder; the model stays as it is.
 
-    dtype: float32, float16 or bfloat16 (fp32, fp16, bf16). batch: rows of one transformer call.
+    dtype: float32, float16 or bfloat16 (fp32, fp16, bf16). batch: rows of one transformer call;
+    (min, opt, max) makes graphs that take any number from min to max, tuned for opt.
     source: checkpoint the transformer was loaded from, a folder or a hub id (default: the plan's).
     A bundle already in `folder` is replaced once the new one is complete. Raises ArrowheadError
     for a model, plan or option that cannot be exported, and when the disk is full.
     """
     name = _dtype_name(dtype)
-    config = _check(transformer, plan, batch)
+    rows = _rows(batch)
+    config = _check(transformer, plan)
     report = progress or (lambda what, done, total: None)
     plan = replace(plan, model=_model_ref(plan, source))
     with _folder_in_the_making(Path(folder)) as temporary:
         copy = shadow(transformer, _DTYPES[name])
         fix_positions(copy, plan)
-        inputs = make_inputs(plan, config, batch, _DTYPES[name])
-        graphs, weights_sha256 = _write_graphs(copy, plan, inputs, temporary, dense, report)
+        inputs = make_inputs(plan, config, rows.max, _DTYPES[name])
+        dynamic = rows if rows.min < rows.max else None
+        graphs, weights_sha256 = _write_graphs(
+            copy, plan, inputs, dynamic, temporary, dense, report
+        )
         save_plan(plan, temporary / PLAN_FILE)
         bundle = Bundle(
             plan_file=PLAN_FILE,
@@ -84,13 +91,11 @@ def export_bundle(
             model=_model_of_bundle(plan, Path(folder)),
             config=config,
             dtype=name,
-            batch=batch,
+            batch=rows.max,
+            batch_range=dynamic,
             weights_file=WEIGHTS_FILE,
             weights_sha256=weights_sha256,
-            cache_groups=tuple(
-                CacheSpec(group.name, group.heads, cache_shape(plan, group, batch))
-                for group in cache_flow(plan).groups
-            ),
+            cache_groups=tuple(_cache_spec(plan, group, rows) for group in cache_flow(plan).groups),
             graphs=tuple(graph for graph in graphs if graph.bucket is not None),
             dense=next((graph for graph in graphs if graph.bucket is None), None),
             versions=_versions(),
@@ -109,15 +114,26 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
     return name
 
 
-def _check(transformer: nn.Module, plan: Plan, batch: int) -> dict[str, Any]:
-    """Refuse what cannot be exported; give the transformer's config as JSON types."""
-    if batch < 1:
+def _rows(batch: int | tuple[int, int, int]) -> BatchRange:
+    """Give min, opt and max rows of a call; one number is all three."""
+    rows = BatchRange(*((batch,) * 3 if isinstance(batch, int) else batch))
+    if not 1 <= rows.min <= rows.opt <= rows.max:
         raise ArrowheadError(
             "batch",
-            got=batch,
-            expected="rows of one transformer call, at least 1",
+            got=batch if isinstance(batch, int) else list(batch),
+            expected="rows of one transformer call, at least 1, or min <= opt <= max of them",
             fix="pass 2 per picture under classifier-free guidance, else 1",
         )
+    return rows
+
+
+def _cache_spec(plan: Plan, group: CacheGroup, rows: BatchRange) -> CacheSpec:
+    batch, *others = cache_shape(plan, group, rows.max)
+    return CacheSpec(group.name, group.heads, (batch if rows.min == rows.max else BATCH, *others))
+
+
+def _check(transformer: nn.Module, plan: Plan) -> dict[str, Any]:
+    """Refuse what cannot be exported; give the transformer's config as JSON types."""
     raw = {**getattr(transformer, "config", {}), "_class_name": type(transformer).__name__}
     spec = model_spec(
         raw,
@@ -154,6 +170,7 @@ def _write_graphs(
     transformer: Any,
     plan: Plan,
     inputs: dict[str, Tensor],
+    rows: BatchRange | None,
     folder: Path,
     dense: bool,
     report: Progress,
@@ -172,9 +189,9 @@ def _write_graphs(
             file = "dense.onnx" if bucket is None else f"bucket_{bucket}.onnx"
             report(f"exporting {file}", done, len(buckets))
             if bucket is None:
-                model = dense_graph(transformer, plan, inputs)
+                model = dense_graph(transformer, plan, inputs, rows)
             else:
-                model = bucket_graph(transformer, plan, bucket, inputs)
+                model = bucket_graph(transformer, plan, bucket, inputs, rows)
             specs = weights.externalise(model)
             graphs.append(_write_graph(model, folder / file, bucket, specs))
     for graph in graphs:  # the checker wants the weights file complete
@@ -196,7 +213,8 @@ def _write_graph(
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None and value.shape is not None and value.dtype is not None
-    return TensorSpec(value.name, _NAMES[value.dtype], value.shape.numpy())
+    shape = tuple(dim if isinstance(dim, int) else BATCH for dim in value.shape)
+    return TensorSpec(value.name, _NAMES[value.dtype], shape)
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from exporter.functions import OPSET
 from exporter.passes import add_functions, tidy
 from exporter.translations import custom_translations
+from plans.bundle import BatchRange
 from plans.models import FLUX, SD3
 from plans.plan import CacheGroup, Plan, cache_flow
 from plans.processors import BucketHeads, install
@@ -104,8 +105,17 @@ def cache_shape(plan: Plan, group: CacheGroup, batch: int) -> tuple[int, int, in
     return (batch, module.layout.seq_len, len(group.heads), module.head_dim)
 
 
-def bucket_graph(transformer: Any, plan: Plan, bucket: int, inputs: dict[str, Tensor]) -> ir.Model:
-    """Trace a shadow with one bucket's heads; inputs as step_inputs gives them."""
+def bucket_graph(
+    transformer: Any,
+    plan: Plan,
+    bucket: int,
+    inputs: dict[str, Tensor],
+    rows: BatchRange | None = None,
+) -> ir.Model:
+    """Trace a shadow with one bucket's heads; inputs as step_inputs gives them.
+
+    rows: the batch is dynamic, within these bounds; None fixes that of the inputs.
+    """
     flow, heads = cache_flow(plan), BucketHeads(plan, bucket)
     reads, writes = flow.reads(bucket), flow.writes(bucket)
     sample = inputs["hidden_states"]
@@ -119,17 +129,19 @@ def bucket_graph(transformer: Any, plan: Plan, bucket: int, inputs: dict[str, Te
     try:
         call = _Call(transformer, plan, list(inputs), heads, reads, writes)
         names = ["sample", *(CACHE_OUT + group.name for group in writes)]
-        model = _trace(call, {**inputs, **caches}, names)
+        model = _trace(call, {**inputs, **caches}, names, rows)
     finally:
         undo()
     add_functions(model)
     return model
 
 
-def dense_graph(transformer: Any, plan: Plan, inputs: dict[str, Tensor]) -> ir.Model:
+def dense_graph(
+    transformer: Any, plan: Plan, inputs: dict[str, Tensor], rows: BatchRange | None = None
+) -> ir.Model:
     """Trace a shadow with its own processors, by the stock translations."""
     call = _Call(transformer, plan, list(inputs), None, (), ())
-    return _trace(call, inputs, ["sample"], stock=True)
+    return _trace(call, inputs, ["sample"], rows, stock=True)
 
 
 class _Call(nn.Module):
@@ -166,10 +178,21 @@ class _Call(nn.Module):
 
 
 def _trace(
-    call: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], *, stock: bool = False
+    call: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: Sequence[str],
+    rows: BatchRange | None,
+    *,
+    stock: bool = False,
 ) -> ir.Model:
+    dynamic = None
+    if rows is not None:
+        batch = torch.export.Dim("batch", min=rows.min, max=rows.max)
+        dynamic = {"tensors": tuple({0: batch} for _ in inputs)}
     with torch.no_grad(), _quiet():
-        program = torch.export.export(call.eval(), tuple(inputs.values()), strict=False)
+        program = torch.export.export(
+            call.eval(), tuple(inputs.values()), dynamic_shapes=dynamic, strict=False
+        )
         exported = torch.onnx.export(
             program,
             dynamo=True,

@@ -8,6 +8,7 @@ import torch
 from onnxscript import optimizer
 
 from exporter.functions import DOMAIN, function_protos
+from plans.bundle import BATCH
 
 # Weights and tables are torch tensors in the traced graph; folded constants are not.
 _TRACED = "torch.Tensor"
@@ -27,6 +28,7 @@ def tidy(model: ir.Model) -> None:
         # A folded Transpose or Slice of a weight would be a second copy of its bytes.
         should_fold=lambda node: False if any(map(_is_weight, node.inputs)) else None,
     )
+    _fix_reshapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
@@ -37,6 +39,7 @@ def tidy(model: ir.Model) -> None:
     for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
         del model.graph.initializers[name]
     _name_attention(model.graph)
+    _name_batch(model.graph)
     _forget_origin(model)
 
 
@@ -75,6 +78,25 @@ def _fold_row_slices(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
+def _fix_reshapes(graph: ir.Graph) -> None:
+    """Let Reshape work a dynamic batch out, where tracing has computed it at run time."""
+    for node in graph:
+        shape = node.outputs[0].shape
+        if node.op_type != "Reshape" or node.domain or shape is None or not shape.is_dynamic():
+            continue
+        given = node.inputs[1]
+        if given is None or ir.convenience.get_const_tensor(given) is not None:
+            continue
+        dims = [dim if isinstance(dim, int) else -1 for dim in shape]
+        if dims.count(-1) != 1 or 0 in dims:  # several unknown, or -1 beside nothing
+            continue
+        name = "shape_" + "_".join(map(str, dims)).replace("-1", "batch")
+        if name not in graph.initializers:
+            constant = ir.tensor(dims, ir.DataType.INT64, name=name)
+            graph.register_initializer(ir.val(name, const_value=constant))
+        node.replace_input_with(1, graph.initializers[name])
+
+
 def _row_range(node: ir.Node) -> tuple[int, int] | None:
     """Bounds of a Slice along axis 0 with constant bounds and no step, else None."""
     bounds = []
@@ -102,6 +124,17 @@ def _name_attention(graph: ir.Graph) -> None:
         if modules:
             node.name = modules[0]
             node.outputs[0].name = f"merged.{modules[0]}"
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """Name a dynamic first dimension of the inputs as bundle.json does, wherever it comes."""
+    symbols = {dim for x in graph.inputs if x.shape for dim in x.shape if not isinstance(dim, int)}
+    values = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *values):
+        shape = value.shape or ir.Shape(())
+        for axis, dim in enumerate(shape):
+            if dim in symbols:
+                shape[axis] = BATCH
 
 
 def _forget_origin(model: ir.Model) -> None:

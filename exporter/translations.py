@@ -101,7 +101,8 @@ def _cached_head(
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Gemm takes the weight as the checkpoint has it, [out, in]; MatMul would need a transpose."""
-    *rows, width = (int(dim) for dim in x.shape)
+    # A batch may be dynamic, and is then the one dimension that Reshape works out.
+    *rows, width = (dim if isinstance(dim, int) else -1 for dim in x.shape)
     if len(rows) != 1:
         x = opset20.Reshape(x, opset20.Constant(value_ints=[-1, width]))
     y = opset20.Gemm(x, weight, bias, transB=1)

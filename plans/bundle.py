@@ -16,6 +16,7 @@ from plans.plan import Plan
 
 FORMAT = "arrowhead.bundle/1"
 BUNDLE_FILE = "bundle.json"
+BATCH = "B"  # a dynamic batch in a shape
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 _EXPORT_AGAIN = "export the bundle again"
 
@@ -66,6 +67,14 @@ class EngineSpec:
     versions: dict[str, str]
 
 
+class BatchRange(NamedTuple):
+    """Rows of one transformer call that a bundle takes: least, tuned for, most."""
+
+    min: int
+    opt: int
+    max: int
+
+
 class CacheSpec(NamedTuple):
     """One cache buffer [B, S, Hg, D] by its group name."""
 
@@ -78,8 +87,9 @@ class CacheSpec(NamedTuple):
 class Bundle:
     """A folder of graphs with one weights file and the plan they were made from.
 
-    model holds the fields of ModelRef with source resolvable from the bundle folder; batch counts
-    rows of one transformer call: two per picture under classifier-free guidance.
+    model holds the fields of ModelRef with source resolvable from the bundle folder. batch counts
+    rows of one transformer call, two per picture under classifier-free guidance: the number that
+    all graphs hold, or the most that they take where batch_range lets it vary.
     """
 
     plan_file: str = "plan.json"
@@ -95,6 +105,13 @@ class Bundle:
     dense: GraphSpec | None
     versions: dict[str, str]
     engines: tuple[EngineSpec, ...] = field(default=())
+    batch_range: BatchRange | None = None
+
+    @property
+    def rows(self) -> range:
+        """The numbers of rows that a transformer call may have."""
+        least = self.batch if self.batch_range is None else self.batch_range.min
+        return range(least, self.batch + 1)
 
     def graph(self, bucket: int) -> GraphSpec:
         """Return the graph of one bucket."""
@@ -127,7 +144,17 @@ def load_bundle(folder: Path | str) -> Bundle:
     fields["graphs"] = tuple(_graph(graph) for graph in data["graphs"])
     fields["dense"] = None if data["dense"] is None else _graph(data["dense"])
     fields["engines"] = tuple(EngineSpec(**engine) for engine in data["engines"])
+    if data.get("batch_range") is not None:
+        fields["batch_range"] = BatchRange(*data["batch_range"])
     bundle = Bundle(**fields)
+    rows = bundle.batch_range
+    if rows is not None and not 1 <= rows.min <= rows.opt <= rows.max == bundle.batch:
+        raise ArrowheadError(
+            subject,
+            got=f"batch_range {list(rows)} and batch {bundle.batch}",
+            expected="1 <= min <= opt <= max, which is the batch",
+            fix=_EXPORT_AGAIN,
+        )
     for name in _file_names(bundle):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArrowheadError(
@@ -155,6 +182,8 @@ def _graph(data: Mapping[str, Any]) -> GraphSpec:
 def save_bundle(bundle: Bundle, folder: Path | str) -> None:
     """Write bundle.json into the folder."""
     data = {"format": FORMAT, **asdict(bundle)}
+    if bundle.batch_range is None:
+        del data["batch_range"]  # as bundles were before there were ranges
     data["cache_groups"] = [
         {"name": name, "heads": list(heads), "shape": list(shape)}
         for name, heads, shape in bundle.cache_groups

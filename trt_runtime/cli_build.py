@@ -31,7 +31,8 @@ def add_verbs(verbs: Verbs) -> None:
         "export a plan's checkpoint: one ONNX graph per bucket, one weights file",
         "  arrowhead export --plan plan.json --output bundle\n"
         "  arrowhead export --plan plan.json --model my-fine-tune --dtype fp16 --batch 4 \\\n"
-        "      --output bundle",
+        "      --output bundle\n"
+        "  arrowhead export --plan plan.json --batch-range 2 2 8 --output bundle",
     )
     _add_export(parser, required=True)
     parser = add_verb(
@@ -81,12 +82,20 @@ def _add_export(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--revision", metavar="NAME", help="of the hub id")
     parser.add_argument("--output", type=Path, required=required, metavar="BUNDLE")
     parser.add_argument("--dtype", default="fp32", help="fp32 (default), fp16 or bf16")
-    parser.add_argument(
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument(
         "--batch",
         type=int,
         metavar="ROWS",
         help="rows of a transformer call: two a picture under classifier-free guidance, else "
         "one (default: one picture)",
+    )
+    rows.add_argument(
+        "--batch-range",
+        type=int,
+        nargs=3,
+        metavar=("MIN", "OPT", "MAX"),
+        help="graphs that take from MIN to MAX rows; TensorRT tunes its engines for OPT",
     )
     parser.add_argument(
         "--no-dense", action="store_true", help="leave out the stock graph that bench compares with"
@@ -128,15 +137,18 @@ def _export(arguments: argparse.Namespace, plan: Plan) -> Bundle:
             plan,
             arguments.output,
             dtype=dtype,
-            batch=arguments.batch or _rows(plan),
+            batch=_batch(arguments, plan),
             source=source,
             dense=not arguments.no_dense,
             progress=progress,
         )
 
 
-def _rows(plan: Plan) -> int:
-    return 2 if plan.sampler.cfg else 1
+def _batch(arguments: argparse.Namespace, plan: Plan) -> int | tuple[int, int, int]:
+    """Rows of a call, or min, opt and max of them."""
+    if arguments.batch_range:
+        return tuple(arguments.batch_range)
+    return arguments.batch or (2 if plan.sampler.cfg else 1)
 
 
 def build(arguments: argparse.Namespace) -> int:
@@ -260,7 +272,7 @@ def _up_to_date(arguments: argparse.Namespace, plan: Plan) -> bool:
         and same_plan
         and weights == exported.model.weights_sha256
         and bundle.dtype == dtype_of(arguments.dtype)
-        and bundle.batch == (arguments.batch or _rows(plan))
+        and (bundle.batch_range or bundle.batch) == _batch(arguments, plan)
         and (bundle.dense is None) == arguments.no_dense
     )
 

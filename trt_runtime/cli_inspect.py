@@ -50,9 +50,13 @@ def inspect(arguments: argparse.Namespace) -> int:
                 *(bytes_text(graph[k]) for k in ("weights", "cache_in", "cache_out", "io")),
             )
         )
+    batch = report["batch_range"]
+    count = f"{report['batch']} rows"
+    if batch is not None:
+        count = f"{batch['min']} to {count} (tuned for {batch['opt']}, sizes at {batch['max']})"
     title = (
         f"{report['architecture']} {report['picture'][0]} x {report['picture'][1]}, "
-        f"{report['dtype']}, {report['batch']} rows, {report['steps']} steps"
+        f"{report['dtype']}, {count}, {report['steps']} steps"
     )
     show_table(
         title,

@@ -216,9 +216,10 @@ def report_parity(folder: Path, report: dict[str, Any], json: str | None = None)
 
 def _departs_first(folder: Path, report: dict[str, Any]) -> str | None:
     """Name the first attention module that departs in the first bucket graph that failed."""
-    failed = [row["bucket"] for row in report["graphs"] if not row["passed"]]
-    if not failed or failed[0] is None or report["backend"] != "onnxruntime":
+    failed = next((row for row in report["graphs"] if not row["passed"]), None)
+    if failed is None or failed["bucket"] is None or report["backend"] != "onnxruntime":
         return None
+    bucket, rows = failed["bucket"], failed["rows"]
     from exporter.debug import MERGED, exposed_graph
     from trt_runtime.bundles import open_bundle, open_engine
     from trt_runtime.engine import allocate
@@ -226,16 +227,16 @@ def _departs_first(folder: Path, report: dict[str, Any]) -> str | None:
 
     bundle, _ = open_bundle(folder)
     with (
-        exposed_graph(folder, failed[0]) as graph,
+        exposed_graph(folder, bucket) as graph,
         open_engine(folder, bundle, graph) as engine,
     ):
 
         def run_graph(feeds: dict[str, Any]) -> dict[str, Any]:
-            outputs = allocate(graph.outputs, bundle.batch)
+            outputs = allocate(graph.outputs, rows)
             engine.run(feeds, outputs)
             return {n.removeprefix(MERGED): t for n, t in outputs.items() if n.startswith(MERGED)}
 
-        found = first_departure(folder, failed[0], run_graph)
+        found = first_departure(folder, bucket, run_graph, rows=rows)
     if found is None:
         return "after the last attention module"
     return f"{found[0]}, by {found[1]:.3g}"
@@ -246,6 +247,7 @@ def _show_parity(report: dict[str, Any]) -> None:
     rows = [
         (
             "dense" if row["bucket"] is None else f"bucket {row['bucket']}",
+            row["rows"],
             row["tensor"],
             f"{row['max_abs']:.2e}",
             f"{row['reference_max']:.3g}",
@@ -256,7 +258,7 @@ def _show_parity(report: dict[str, Any]) -> None:
     title = (
         f"{report['backend']} against PyTorch, {report['dtype']}, tolerance {report['tolerance']:g}"
     )
-    show_table(title, ("graph", "worst tensor", "max abs", "reference max", "agrees"), rows)
+    show_table(title, ("graph", "rows", "worst tensor", "max abs", "reference max", "agrees"), rows)
     run_report = report.get("run")
     if run_report is None:
         return

@@ -27,8 +27,9 @@ class _Context:
     feeds: dict[str, Tensor]
     caches: dict[str, Tensor]
     sample: Tensor
-    runs: dict[int, Callable[[], None]] = field(default_factory=dict)
+    runs: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)  # bucket, rows
     step: int = 0
+    rows: int = 0  # of the run's calls, as its first call has them; before it, the most
 
     def poison(self) -> None:
         for cache in self.caches.values():
@@ -40,7 +41,8 @@ class DenoiseState:
 
     Each cache context ("cond", "uncond", "default") has its own step count and its own caches,
     one buffer per cache that the engines declare (bundle.json's groups, [B, S, Hg, D], or a
-    backend's own), allocated at its first call and kept.
+    backend's own), allocated at its first call and kept. Where a bundle takes a range of rows,
+    buffers are for the most, and a run of fewer uses the first of them.
     poison: fill the caches with NaN at each reset, so that a read before a write shows.
     """
 
@@ -84,11 +86,13 @@ class DenoiseState:
     def prepare(self, name: str) -> None:
         """Allocate and bind all that context `name` needs, so that no step has to.
 
+        For calls of as many rows as there were last, or else of the most that the bundle takes.
         Engines that compile or capture do so here, and run once on what the buffers hold.
         """
         context = self._contexts.get(name) or self._open(name)
-        for bucket in sorted(set(self.plan.schedule) - set(context.runs)):
-            self._bind(context, bucket)
+        for bucket in sorted(set(self.plan.schedule)):
+            if (bucket, context.rows) not in context.runs:
+                self._bind(context, bucket)
         if self.poison:
             context.poison()
 
@@ -149,15 +153,19 @@ class DenoiseState:
             )
         if not self._any_timestep:
             self._check_timestep(step, arguments["timestep"], timestep_scale)
+        rows = arguments["timestep"].shape[0]
+        if step == 0:
+            context.rows = rows
+        _check_rows(context, rows)
         for key, buffer in context.feeds.items():
-            buffer.copy_(arguments[key])
+            buffer[:rows].copy_(arguments[key])
         bucket = self._schedule[step]
-        run = context.runs.get(bucket) or self._bind(context, bucket)
+        run = context.runs.get((bucket, rows)) or self._bind(context, bucket)
         self._clock.start()
         run()
         self._clock.stop(bucket)
         context.step = step + 1
-        return context.sample
+        return context.sample[:rows]
 
     def cache_bytes(self) -> int:
         """Bytes of all caches allocated so far, over all contexts."""
@@ -183,15 +191,16 @@ class DenoiseState:
             for name, cache in allocate(list(written.values()), batch, device).items()
         }
         context = _Context(
-            allocate(own, batch, device), caches, allocate(sample, batch, device)["sample"]
-        )
+            allocate(own, batch, device), caches, allocate(sample, batch, device)["sample"],
+            rows=batch,
+        )  # fmt: skip
         if self.poison:
             context.poison()
         self._contexts[name] = context
         return context
 
     def _bind(self, context: _Context, bucket: int) -> Callable[[], None]:
-        engine = self._engines[bucket]
+        engine, rows = self._engines[bucket], context.rows
         feeds = dict(context.feeds)
         outputs = {"sample": context.sample}
         for spec in engine.inputs:
@@ -200,7 +209,8 @@ class DenoiseState:
         for spec in engine.outputs:
             if spec.name.startswith(CACHE_OUT):
                 outputs[spec.name] = context.caches[spec.name.removeprefix(CACHE_OUT)]
-        context.runs[bucket] = run = engine.bind(feeds, outputs)
+        feeds, outputs = ({n: t[:rows] for n, t in x.items()} for x in (feeds, outputs))
+        context.runs[bucket, rows] = run = engine.bind(feeds, outputs)
         return run
 
     def _check_timestep(self, step: int, timestep: Tensor, scale: float) -> None:
@@ -233,4 +243,16 @@ class DenoiseState:
             expected=f"{self._timesteps[step]:g}, as the scheduler set it",
             fix="call the transformer once a step and in order, or name the separate calls of a "
             "step by cache_context",
+        )
+
+
+def _check_rows(context: _Context, rows: int) -> None:
+    """Refuse another number of rows within a run: its caches hold those of the first call."""
+    if rows != context.rows:
+        raise ArrowheadError(
+            f"rows of step {context.step}",
+            got=rows,
+            expected=f"{context.rows}, as the run's first call had: the caches hold those",
+            fix="draw all steps of a picture with one number of rows; another begins with a run "
+            "of its own (scheduler.set_timesteps)",
         )

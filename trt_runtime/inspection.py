@@ -17,7 +17,7 @@ from trt_runtime.tensorrt_metadata import load_metadata
 
 
 def inspect_bundle(folder: Path | str) -> dict[str, Any]:
-    """Sum up a bundle and its engines; all sizes in bytes.
+    """Sum up a bundle and its engines; all sizes in bytes, at the most rows it takes.
 
     weights_shared is one copy for all graphs, weights_embedded a copy in every bucket's engine.
     cache_bytes is for one cache context: FLUX under true CFG has two.
@@ -40,6 +40,7 @@ def inspect_bundle(folder: Path | str) -> dict[str, Any]:
         "schedule": list(plan.schedule),
         "dtype": bundle.dtype,
         "batch": bundle.batch,
+        "batch_range": None if bundle.batch_range is None else bundle.batch_range._asdict(),
         "weights_file": (folder / bundle.weights_file).stat().st_size,
         "weights_shared": _union(w for graph in bundle.graphs for w in graph.weights),
         "weights_embedded": sum(g["weights"] for g in buckets),

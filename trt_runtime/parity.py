@@ -27,9 +27,13 @@ TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 4e-1}
 
 @dataclass(frozen=True)
 class GraphParity:
-    """How far one graph is from PyTorch; bucket None is the dense graph, tensor the worst one."""
+    """How far one graph is from PyTorch at one number of rows.
+
+    bucket None is the dense graph, tensor the worst one.
+    """
 
     bucket: int | None
+    rows: int
     tensor: str
     max_abs: float
     reference_max: float
@@ -67,6 +71,7 @@ def compare_graphs(
 ) -> list[GraphParity]:
     """Run each graph on the backend and in PyTorch on the same random inputs and caches.
 
+    A bundle with a range of rows is compared at the least and at the most of them.
     session: threads and weights, as SessionSettings has them.
     """
     bundle, plan = open_bundle(folder)
@@ -76,16 +81,14 @@ def compare_graphs(
     for done, graph in enumerate(graphs):
         if progress is not None:
             progress(f"comparing {graph.file}", done, len(graphs))
-        feeds = random_feeds(plan, graph, bundle.batch, device=device)
-        expected = allocate(graph.outputs, bundle.batch, device)
-        got = allocate(graph.outputs, bundle.batch, device)
-        with TorchEngine(module, plan, graph) as engine:
-            engine.run(feeds, expected)
-        with open_engine(
-            folder, bundle, graph, backend=backend, device=device, **session
-        ) as engine:
-            engine.run(feeds, got)
-        results.append(_parity(graph.bucket, expected, got, TOLERANCE[bundle.dtype]))
+        engine = open_engine(folder, bundle, graph, backend=backend, device=device, **session)
+        with engine, TorchEngine(module, plan, graph) as reference:
+            for rows in sorted({bundle.rows[0], bundle.rows[-1]}):
+                feeds = random_feeds(plan, graph, rows, device=device)
+                expected, got = (allocate(graph.outputs, rows, device) for _ in range(2))
+                reference.run(feeds, expected)
+                engine.run(feeds, got)
+                results.append(_parity(graph.bucket, expected, got, TOLERANCE[bundle.dtype]))
     if progress is not None:
         progress("compared", len(graphs), len(graphs))
     return results
@@ -100,7 +103,7 @@ def _parity(
         largest = float(reference.abs().max())
         # Not `>`: a NaN compares false, and must fail.
         passed = difference <= tolerance * max(1.0, largest)
-        return GraphParity(bucket, name, difference, largest, passed)
+        return GraphParity(bucket, len(reference), name, difference, largest, passed)
 
     rows = [row(name) for name in expected]
     return max(rows, key=lambda r: (not r.passed, r.max_abs / max(1.0, r.reference_max)))
@@ -133,15 +136,17 @@ def first_departure(
     bucket: int,
     run_graph: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     *,
+    rows: int | None = None,
     transformer: nn.Module | None = None,
 ) -> tuple[str, float] | None:
     """Name the first attention module, in order of execution, whose output departs, and by how far.
 
-    run_graph: feeds of the bucket's graph -> merged heads [B, S, H, D] by module name.
+    run_graph: feeds of the bucket's graph -> merged heads [B, S, H, D] by module name. rows: of the
+    call, by default the most that the bundle takes.
     """
     bundle, plan = open_bundle(folder)
     module = transformer if transformer is not None else load_torch_transformer(bundle, folder)
-    feeds = random_feeds(plan, bundle.graph(bucket), bundle.batch)
+    feeds = random_feeds(plan, bundle.graph(bucket), rows or bundle.batch)
     recorded = _record(module, plan, bucket, feeds)
     got = run_graph(feeds)
     for attention in plan.modules:

@@ -126,8 +126,14 @@ def pipeline_kwargs(plan: Plan, pipe: Any) -> dict[str, Any]:
 
 
 def pictures_per_call(transformer: ArrowheadTransformer) -> int:
-    """Pictures in one pipeline call, from the rows of the bundle."""
+    """Pictures that one pipeline call may have, from the most rows of the bundle."""
     return transformer.bundle.batch // rows_per_picture(transformer.plan)
+
+
+def fill(transformer: ArrowheadTransformer, values: Sequence[Any]) -> list[Any]:
+    """Repeat the last of one call's values, one a picture, until the bundle takes so few rows."""
+    fewest = -(-transformer.bundle.rows[0] // rows_per_picture(transformer.plan))
+    return [*values, *[values[-1]] * (fewest - len(values))]
 
 
 def generate(
@@ -146,9 +152,9 @@ def generate(
     pictures: list[Picture] = []
     for start in range(0, len(prompts), size):
         chunk = list(prompts[start : start + size])
-        # A bundle has a fixed number of rows: the last call is filled up, the surplus dropped.
-        filled = chunk + [chunk[-1]] * (size - len(chunk))
-        seeds = [seed + start + i for i in range(size)]
+        # A call may need more rows than are left: it is filled up, the surplus dropped.
+        filled = fill(pipe.transformer, chunk)
+        seeds = [seed + start + i for i in range(len(filled))]
         made = draw(pipe, filled, seeds, **overrides)
         pictures += made[: len(chunk)]
         for _ in chunk:
@@ -165,7 +171,7 @@ def draw(
     on_step: Callable[[int, Tensor], None] | None = None,
     **overrides: Any,
 ) -> list[Picture]:
-    """Make the pictures of one pipeline call, one a seed: as many as pictures_per_call says.
+    """Make the pictures of one pipeline call, one a seed: as many as `fill` and the bundle allow.
 
     prompts: one a seed; None where the overrides hold embeddings. on_step hears each step's number
     and the latents after it; what it raises ends the call.

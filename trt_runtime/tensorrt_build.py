@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from plans.bundle import Bundle, GraphSpec, file_sha256
+from plans.bundle import BatchRange, Bundle, GraphSpec, file_sha256
 from plans.errors import ArrowheadError, atomic_write
 from plans.plan import Plan
 from trt_runtime.doctor import versions
@@ -34,6 +34,7 @@ from trt_runtime.tensorrt_metadata import (
     engine_path,
     load_metadata,
     metadata_path,
+    rows_of,
     save_metadata,
     step_ranges,
     tensor_entry,
@@ -53,14 +54,12 @@ class BuildSettings:
     weights: "shared" makes the matrices inputs, bound to one copy on the device; "embedded" puts a
     copy into each engine; "stripped" leaves them out of the file and refits at load.
     optimization_level: the builder's, 0 to 5; None leaves it to TensorRT.
-    batches: least, tuned-for and most rows, for graphs whose batch is dynamic.
     plugins: False has the parser inline the operators' function bodies, as it does in fp32, which
     the plugins do not compute.
     """
 
     weights: str = "shared"
     optimization_level: int | None = None
-    batches: tuple[int, int, int] | None = None
     plugins: bool = True
 
     def __post_init__(self) -> None:
@@ -86,17 +85,17 @@ def build_engine(
     on Ctrl-C, with nothing written.
     """
     trt = usable_tensorrt()
-    _check(trt, settings, graph)
+    _check(trt, settings)
     plugin = load_plugins() if settings.plugins and bundle.dtype != "float32" else None
     started = time.perf_counter()
     trt.logger.clear()
     builder = trt.api.Builder(trt.logger)
-    config = _config(trt, builder, settings, graph)
+    config = _config(trt, builder, settings, graph, bundle.batch_range)
     path = engine_path(folder, graph)
     known = {
         **_origin(folder, bundle, plan, graph),
         **_machine(trt),
-        "batch": list(settings.batches or (bundle.batch,) * 3),
+        "batch": rows_of(bundle),
         "weights": settings.weights,
     }
     tuning = _tuning(trt, config)
@@ -161,8 +160,8 @@ def usable_tensorrt() -> TensorRT:
     return trt
 
 
-def _check(trt: TensorRT, settings: BuildSettings, graph: GraphSpec) -> None:
-    """Refuse what this TensorRT cannot build of this graph, before the work."""
+def _check(trt: TensorRT, settings: BuildSettings) -> None:
+    """Refuse what this TensorRT cannot build, before the work."""
     if trt.is_rtx and settings.weights == "stripped":
         raise ArrowheadError(
             "--strip-weights",
@@ -170,24 +169,15 @@ def _check(trt: TensorRT, settings: BuildSettings, graph: GraphSpec) -> None:
             expected="TensorRT: this one asks for a GPU and fails",
             fix="leave it out; --weights shared, the default, keeps matrices out of the files too",
         )
-    dynamic = [spec.name for spec in graph.inputs if "B" in spec.shape]
-    if settings.batches is not None and not dynamic:
-        raise ArrowheadError(
-            f"a range of batches for {graph.file}",
-            got=f"a graph of {graph.inputs[0].shape[0]} rows, fixed when it was exported",
-            expected="inputs whose first dimension bundle.json gives as B",
-            fix="export one bundle for each batch: arrowhead export --batch ROWS",
-        )
-    if settings.batches is None and dynamic:
-        raise ArrowheadError(
-            f"the batch of {graph.file}",
-            got="no range",
-            expected=f"least, tuned-for and most rows: {dynamic[0]} has a dynamic batch",
-            fix="pass batches=(least, tuned, most)",
-        )
 
 
-def _config(trt: TensorRT, builder: Any, settings: BuildSettings, graph: GraphSpec) -> Any:
+def _config(
+    trt: TensorRT,
+    builder: Any,
+    settings: BuildSettings,
+    graph: GraphSpec,
+    batches: BatchRange | None,
+) -> Any:
     config = builder.create_builder_config()
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
@@ -197,10 +187,10 @@ def _config(trt: TensorRT, builder: Any, settings: BuildSettings, graph: GraphSp
         # REFIT_IDENTICAL: the engine may be tuned for these very weights, and takes no others.
         config.set_flag(flags.STRIP_PLAN)
         config.set_flag(flags.REFIT_IDENTICAL)
-    if settings.batches is not None:
+    if batches is not None:
         profile = builder.create_optimization_profile()
         for spec in graph.inputs:
-            profile.set_shape(spec.name, *(shape_of(spec, rows) for rows in settings.batches))
+            profile.set_shape(spec.name, *(shape_of(spec, rows) for rows in batches))
         config.add_optimization_profile(profile)
     return config
 

@@ -104,6 +104,11 @@ def step_ranges(plan: Plan, bucket: int | None) -> list[list[int]]:
     return ranges
 
 
+def rows_of(bundle: Bundle) -> list[int]:
+    """The min, opt and max rows that a bundle's engines are built for."""
+    return list(bundle.batch_range or (bundle.batch,) * 3)
+
+
 def check_engine(
     engine: Path,
     metadata: EngineMetadata,
@@ -123,6 +128,12 @@ def check_engine(
     for what, (got, expected) in found.items():
         if got != expected:
             raise _refusal(engine, f"built from {what} {got[:12]}", f"the bundle's {expected[:12]}")
+    if metadata.batch != rows_of(bundle):
+        raise _refusal(
+            engine,
+            f"built for min, opt and max rows {metadata.batch}",
+            f"the bundle's {rows_of(bundle)}",
+        )
     made_by, here = metadata.tensorrt, {"flavour": trt.flavour, "version": trt.version}
     if {name: made_by[name] for name in here} != here:
         raise _refusal(

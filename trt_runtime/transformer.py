@@ -56,10 +56,8 @@ class ArrowheadTransformer(nn.Module):
         self.engines = dict(engines)
         self.state = DenoiseState(plan, bundle, self.engines, poison=poison)
         first = self.engines[plan.schedule[0]]
-        self._shapes = {
-            spec.name: shape_of(spec, bundle.batch)
-            for spec in first.inputs
-            if not spec.name.startswith(CACHE_IN)
+        self._inputs = {
+            spec.name: spec for spec in first.inputs if not spec.name.startswith(CACHE_IN)
         }
 
     @property
@@ -124,7 +122,7 @@ class ArrowheadTransformer(nn.Module):
             self._check(arguments, joint_attention_kwargs, refused)
             if positions:
                 self._check_positions(positions)
-            given = {n: t for n, t in arguments.items() if n in self._shapes and t is not None}
+            given = {n: t for n, t in arguments.items() if n in self._inputs and t is not None}
             buffer = self.state.run(self._context, given, timestep_scale=self.timestep_scale)
         except BaseException:
             self.reset()
@@ -164,22 +162,34 @@ class ArrowheadTransformer(nn.Module):
                 fix="trt_runtime.attach(pipe, folder), after any change of pipe.scheduler, "
                 "then call the pipeline",
             )
-        for name, expected in self._shapes.items():
-            tensor = arguments.get(name)
+        latents = arguments.get("hidden_states")
+        rows = self.bundle.batch if latents is None or latents.dim() == 0 else latents.shape[0]
+        if rows not in self.bundle.rows:
+            self._refuse_rows(rows)
+        for name, spec in self._inputs.items():
+            tensor, expected = arguments.get(name), shape_of(spec, rows)
             if tensor is None or tuple(tensor.shape) != expected:
                 self._refuse_shape(name, tensor, expected)
 
-    def _refuse_shape(self, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    def _refuse_rows(self, rows: int) -> NoReturn:
+        taken = self.bundle.rows
+        some = f"{taken[0]} to {taken[-1]}" if len(taken) > 1 else f"{taken[0]}, a fixed number"
+        raise ArrowheadError(
+            "rows of hidden_states",
+            got=rows,
+            expected=f"{some}: two a picture under classifier-free guidance, else one",
+            fix="ask for as many pictures as this bundle takes, or export another with --batch "
+            f"{rows} or a --batch-range that has it",
+        )
+
+    def _refuse_shape(
+        self, name: str, tensor: Tensor | None, expected: tuple[int, ...]
+    ) -> NoReturn:
         got = "nothing" if tensor is None else list(tensor.shape)
         subject, fix = f"input {name}", "pass what the pipeline this bundle was made for passes"
         if tensor is not None and tensor.dim() == len(expected):
             if tensor.shape[0] != expected[0]:
-                subject = f"rows of {name}"
-                fix = (
-                    f"a bundle has a fixed number of rows ({expected[0]}: two a picture under "
-                    "classifier-free guidance, else one); export another with --batch "
-                    f"{tensor.shape[0]}, or ask for as many pictures as this one holds"
-                )
+                subject, fix = f"rows of {name}", "pass as many as hidden_states has"
             elif name == "encoder_hidden_states":
                 subject = "text length"
                 fix = "set max_sequence_length as trt_runtime.pipeline_kwargs(plan, pipe) gives it"

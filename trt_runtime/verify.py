@@ -186,7 +186,7 @@ def describe_failure(report: dict[str, Any], bundle: Bundle) -> str | None:
         if not row["passed"]:
             graph = bundle.dense if row["bucket"] is None else bundle.graph(row["bucket"])
             name = graph.file if graph is not None else "dense"
-            return f"{name}: {row['tensor']} is off by {row['max_abs']:.3g}"
+            return f"{name}: {row['tensor']} is off by {row['max_abs']:.3g} at {row['rows']} rows"
     run = report.get("run")
     if run is not None and not run["passed"]:
         return f"final latents are off by {run['max_abs_latent_diff']:.3g}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plans.bundle import Bundle, GraphSpec, TensorSpec, WeightSpec, file_sha256
+from plans.bundle import BatchRange, Bundle, GraphSpec, TensorSpec, WeightSpec, file_sha256
 from tests.trt_runtime import fake_tensorrt as fake
 from trt_runtime.engine import DTYPES, shape_of
 from trt_runtime.tensorrt_engine import ActivationMemory, DeviceWeights, TensorRTEngine
@@ -39,7 +39,7 @@ def graph_of(name: str = "bucket_0", batch: int | str = 2) -> GraphSpec:
 class Built:
     """A bundle folder with engine files as the stand-in takes them."""
 
-    def __init__(self, folder: Path, *graphs: GraphSpec) -> None:
+    def __init__(self, folder: Path, *graphs: GraphSpec, batches: BatchRange | None = None) -> None:
         self.folder = folder
         (folder / "weights.bin").write_bytes(bytes(range(256)) * 2 + bytes(32))
         for graph in graphs:
@@ -49,7 +49,8 @@ class Built:
             model={"architecture": "SD3Transformer2DModel"},
             config={},
             dtype="float16",
-            batch=2,
+            batch=2 if batches is None else batches.max,
+            batch_range=batches,
             weights_file="weights.bin",
             weights_sha256=file_sha256(folder / "weights.bin"),
             cache_groups=(),

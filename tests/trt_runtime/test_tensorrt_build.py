@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plans.bundle import Bundle, EngineSpec, load_bundle
+from plans.bundle import Bundle, EngineSpec, TensorSpec, WeightSpec, load_bundle
 from plans.cache_flow import cache_flow
 from plans.plan import Plan
 from plans.tiles import CACHED
@@ -33,6 +33,8 @@ _WIDE = {
     ),
 }
 _DTYPES = {"sd3": ("fp16", "float16"), "flux": ("bf16", "bfloat16")}
+# Rows of a call; where they are three, the batch is dynamic.
+_BATCHES: dict[str, Any] = {"sd3": 2, "flux": 1, "sd3 range": (2, 4, 8), "flux range": (1, 2, 4)}
 
 with_plugins = pytest.mark.skipif(
     not BUILT.is_file(), reason=f"no {BUILT.name}: run `make plugins`, which needs nvcc"
@@ -67,19 +69,23 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
     def get(kind: str) -> Made:
         if kind not in made:
-            model = _WIDE[kind]()
+            model = _WIDE[kind.split()[0]]()
             plan = tiny.random_plan(model, buckets=2, steps=4)
             # A whole module from the cache, which has no operator; and every mode in one module.
             first, last = plan.modules[0].name, plan.modules[-1].name
             plan = tiny.with_modes(plan, {first: (-2,) * 4, last: (-2, 0, -2, -1)})
             folder = tmp_path_factory.mktemp(kind) / "bundle"
-            batch = 2 if kind == "sd3" else 1
-            dtype = _DTYPES[kind][0]
+            dtype, batch = _DTYPES[kind.split()[0]][0], _BATCHES[kind]
             bundle = export_bundle(model, plan, folder, dtype=dtype, batch=batch, dense=False)
             made[kind] = (folder, bundle, plan)
         return made[kind]
 
     return get
+
+
+def dims(spec: TensorSpec | WeightSpec) -> tuple[int, ...]:
+    """A shape as TensorRT has it."""
+    return tuple(-1 if isinstance(dim, str) else dim for dim in spec.shape)
 
 
 def parsed(offline: Offline, folder: Path, weights: str, operators: str) -> dict[str, Any]:
@@ -98,13 +104,14 @@ def build(offline: Offline, folder: Path, *options: str, **variables: str) -> st
 
 
 @with_plugins
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", _BATCHES)
 def test_every_operator_is_a_plugin_with_its_attributes(
     kind: str, offline: Offline, bundles: Callable[[str], Made]
 ) -> None:
     folder, bundle, plan = bundles(kind)
     report = parsed(offline, folder, "embedded", "plugins")
-    dtype = _DTYPES[kind][1]
+    dtype = _DTYPES[kind.split()[0]][1]
+    batch = bundle.batch if bundle.batch_range is None else -1
     for graph in bundle.graphs:
         assert graph.bucket is not None
         found = report["graphs"][graph.file]
@@ -129,11 +136,11 @@ def test_every_operator_is_a_plugin_with_its_attributes(
                 assert sorted(attributes["source"]) == [0, 1, 2, 3]
             seq = module.layout.seq_len
             heads = [len(fresh)] * 3 + [row.count(CACHED)] * cached
-            assert plugin["inputs"] == [[dtype, [bundle.batch, seq, h, 64]] for h in heads]
-            assert plugin["output"] == [dtype, [bundle.batch, seq, 4, 64]]
+            assert plugin["inputs"] == [[dtype, [batch, seq, h, 64]] for h in heads]
+            assert plugin["output"] == [dtype, [batch, seq, 4, 64]]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", _BATCHES)
 def test_without_the_library_bodies_are_inlined_and_matrices_are_inputs(
     kind: str, offline: Offline, bundles: Callable[[str], Made]
 ) -> None:
@@ -154,15 +161,15 @@ def test_without_the_library_bodies_are_inlined_and_matrices_are_inputs(
         assert shared <= matrices
         assert any(".rows_" in name for name in shared) == (graph.bucket == 1)
         for spec in (*graph.inputs, *(w for w in graph.weights if w.name in shared)):
-            assert inputs[spec.name] == (spec.dtype, spec.shape)
-        assert outputs == {s.name: (s.dtype, s.shape) for s in graph.outputs}
+            assert inputs[spec.name] == (spec.dtype, dims(spec))
+        assert outputs == {s.name: (s.dtype, dims(s)) for s in graph.outputs}
         constants = set(found["constants"])
         assert not constants & shared
         assert {w.name for w in graph.weights if len(w.shape) == 1} <= constants
 
 
 @with_plugins
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", _BATCHES)
 def test_engines_are_built_marked_and_listed(
     kind: str, offline: Offline, bundles: Callable[[str], Made]
 ) -> None:
@@ -199,6 +206,7 @@ def check_metadata(path: Path, bundle: Bundle, plan: Plan, engine: EngineSpec) -
     assert metadata.plugin is not None and len(metadata.plugin["build_id"]) == 16
     assert metadata.compute_capability is None and not metadata.verified
     assert metadata.weights == "shared" and metadata.weights_bytes is not None
+    assert metadata.batch == list(bundle.batch_range or (bundle.batch,) * 3)
     assert metadata.builder["optimization_level"] == 0 and "TF32" not in metadata.builder["flags"]
     covered = [step for begin, end in metadata.steps for step in range(begin, end)]
     assert covered == [s for s, bucket in enumerate(plan.schedule) if bucket == engine.bucket]
@@ -210,10 +218,11 @@ def check_metadata(path: Path, bundle: Bundle, plan: Plan, engine: EngineSpec) -
     }
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux range"])
 def test_a_body_builds_with_embedded_weights_and_says_that_it_is_one(
-    offline: Offline, bundles: Callable[[str], Made]
+    kind: str, offline: Offline, bundles: Callable[[str], Made]
 ) -> None:
-    folder, bundle, _ = bundles("sd3")
+    folder, bundle, _ = bundles(kind)
     script = (
         "import sys; from pathlib import Path; from trt_runtime.bundles import open_bundle\n"
         "from trt_runtime.tensorrt_build import BuildSettings, build_engine\n"
@@ -227,6 +236,7 @@ def test_a_body_builds_with_embedded_weights_and_says_that_it_is_one(
     assert metadata.plugin is None and not metadata.capturable
     assert set(metadata.operators.values()) == {"function"}
     assert metadata.shared_weights == []
+    assert metadata.batch == list(bundle.batch_range or (bundle.batch,) * 3)
     matrices = sum(w.nbytes for w in bundle.graph(1).weights if len(w.shape) > 1)
     assert metadata.weights_bytes is not None and metadata.weights_bytes > 0.9 * matrices
 

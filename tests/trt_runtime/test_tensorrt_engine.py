@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plans.bundle import WeightSpec
+from plans.bundle import BatchRange, WeightSpec
 from plans.errors import ArrowheadError
 from tests.trt_runtime import fake_tensorrt as fake
 from tests.trt_runtime.fake_engines import MATRIX, PLUGIN, ROWS, Built, buffers_of, graph_of
@@ -130,7 +130,12 @@ def test_engines_share_the_largest_working_memory(built: Built) -> None:
 
 def test_a_dynamic_batch_is_told_before_the_addresses(tmp_path: Path, captures: list[str]) -> None:
     graph = graph_of(batch="B")
-    built = Built(tmp_path, graph)
+    built = Built(tmp_path, graph, batches=BatchRange(1, 2, 4))
+    built.write(graph, batch=[1, 2, 8])
+    with pytest.raises(
+        ArrowheadError, match=r"rows \[1, 2, 8\]; expected the bundle's \[1, 2, 4\]"
+    ):
+        built.engine(graph).__enter__()
     built.write(graph, batch=[1, 2, 4])
     with built.engine(graph) as engine:
         feeds, outputs = buffers_of(graph, batch=3)

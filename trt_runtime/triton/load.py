@@ -17,7 +17,7 @@ import numpy as np
 from plans.errors import ArrowheadError
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.parity import Progress
-from trt_runtime.pipeline import draw, load_pipeline, pictures_per_call
+from trt_runtime.pipeline import draw, fill, load_pipeline
 from trt_runtime.triton.client import Client
 from trt_runtime.triton.repository import Settings, write_model
 from trt_runtime.triton.server import Installation, Server
@@ -156,13 +156,13 @@ def in_process(
         options |= {"threads": settings.threads, "weights": settings.weights}
     pipe = load_pipeline(bundle, **options)
     pipe.set_progress_bar_config(disable=True)
-    rows = pictures_per_call(pipe.transformer)
     samples = []
     try:
         for index in range(-1, requests):  # the first warms up
             started = time.perf_counter()
             prompt = prompts[index % len(prompts)]
-            picture = draw(pipe, [prompt] * rows, [abs(index)] * rows)[0]
+            prompts_of_call, seeds = (fill(pipe.transformer, [x]) for x in (prompt, abs(index)))
+            picture = draw(pipe, prompts_of_call, seeds)[0]
             encoding = time.perf_counter()
             png(picture.image)
             now = time.perf_counter()

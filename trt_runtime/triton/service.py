@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trt_runtime.pipeline import Picture, draw, load_pipeline, pictures_per_call
+from trt_runtime.pipeline import Picture, draw, fill, load_pipeline, pictures_per_call
 from trt_runtime.transformer import ArrowheadTransformer
 from trt_runtime.triton.request import Asked
 
@@ -37,8 +37,8 @@ class PictureService:
     def draw(self, asked: Sequence[Asked], on_step: OnStep) -> list[list[Picture]]:
         """Draw requests that agree on `Asked.call`; give each request its pictures.
 
-        They are at most pictures_per_call in all: what is left of the bundle's rows is filled
-        with the last one's. on_step(steps done, preview) hears the end of each step; what it
+        They are at most pictures_per_call in all; rows that the bundle needs beyond theirs are
+        filled with the last one's. on_step(steps done, preview) hears the end of each step; what it
         raises ends the call. However a call ends, the transformer then forgets it.
         """
         prompts, seeds, overrides = self._arguments(asked)
@@ -63,12 +63,10 @@ class PictureService:
     def _arguments(
         self, asked: Sequence[Asked]
     ) -> tuple[list[str] | None, list[int], dict[str, Any]]:
-        """Give prompts, seeds and the other arguments of a call with every row filled."""
-        rows = self.pictures_per_call
+        """Give prompts, seeds and the other arguments of a call with rows enough."""
 
         def filled(values: Iterator[Any]) -> list[Any]:
-            given = list(values)
-            return given + [given[-1]] * (rows - len(given))
+            return fill(self.transformer, list(values))
 
         overrides: dict[str, Any] = {"guidance_scale": asked[0].guidance}
         for name in asked[0].embeddings or ():
