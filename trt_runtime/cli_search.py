@@ -253,13 +253,14 @@ def buckets(arguments: argparse.Namespace) -> int:
         write_json(report, arguments.json)
     if arguments.json != "-":
         rows = [
-            (r["max_buckets"], percent(r["saved"]), percent(r["loss"]), f"{r['seconds']:.1f}",
+            (r["max_buckets"], percent(r["saved"]), percent(r["loss_of_reached"]),
+             percent(r["loss"]), f"{r['seconds']:.1f}",
              " ".join(map(str, r["schedule"])))
             for r in report["rows"]
         ]  # fmt: skip
         title = (
-            f"predicted saving, delta {arguments.delta:g}; a graph for each step: at most "
-            f"{percent(report['bound'])}"
+            f"predicted saving, delta {arguments.delta:g}; a graph for each step: "
+            f"{percent(report['reached'])} reached, at most {percent(report['bound'])}"
         )
-        show_table(title, ("graphs", "saved", "lost of it", "s", "schedule"), rows)
+        show_table(title, ("graphs", "saved", "lost of reached", "of most", "s", "schedule"), rows)
     return 0
