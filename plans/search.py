@@ -177,6 +177,7 @@ def measure_plan(
     record = before | _run_record(pipe, settings) | {"sample_tokens": effort.sample_tokens}
     if bounds.delta < math.inf:
         record |= {"delta": bounds.delta, "cap_factor": bounds.cap_factor}
+        record["within_bounds"] = not bounds.broken(plan.modules, found.errors)
     record |= {"seconds": round(time.perf_counter() - begin, 3)} | found.record()
     record.pop("prices", None)  # they were of the plan that the search found
     return replace(found.plan, search=record, accounting=account(found.plan, _rows(bare)))

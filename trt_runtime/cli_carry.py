@@ -30,7 +30,8 @@ the rule:
   takes another bucket, used before and after it, where none is, or the full one: whatever saves
   most. Errors do not carry over: the record says "carried" until
   they are measured. Another architecture, config, module list or scheduler, and CFG switched on or
-  off, are refused. A carried plan is exported anew."""
+  off, are refused. A carried plan is exported anew. To fewer steps, where each is a larger one, much
+  may have to be repaired: a search there saves more."""
 
 
 def add_carry(actions: Verbs) -> None:

@@ -92,6 +92,8 @@ def _worst(record: dict[str, Any], errors: dict[str, list[float]]) -> str:
     delta, prompts = record.get("delta"), record.get("prompts")
     over = len({s for row in errors.values() for s, e in enumerate(row) if e > (delta or e)})
     kept = f", over delta at {over} steps" if over else ""
+    if not over and record.get("within_bounds") is False:
+        kept = ", a head over its cap"
     said = f"{len(prompts)} prompts" if isinstance(prompts, list) else prompts or "prompts unknown"
     return (
         f"search: delta {delta}, largest {record.get('basis', 'measured')} error of a step and "

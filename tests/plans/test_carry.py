@@ -259,6 +259,9 @@ def test_a_carried_plan_runs_and_is_measured(
         for module in repaired.modules:
             assert sum(row[module.name]) <= 0.2 and max(row[module.name]) <= 0.3 / module.heads
     assert repaired.search is not None and repaired.search["delta"] == 0.2
+    assert repaired.search["within_bounds"] is True
+    broken = measure_plan(pipe, carried, prompts, delta=0.0)
+    assert broken.search is not None and broken.search["within_bounds"] is False
     assert (
         account(repaired, 1)["attention_flops_saved"] < account(carried, 1)["attention_flops_saved"]
     )
