@@ -28,10 +28,10 @@ the rule:
   of the image they covered. The age of a cache is counted in the plan's own steps: where it would
   be older than the plan let it get in its bucket, the bucket computes that head, or the step
   takes another bucket, used before and after it, where none is, or the full one: whatever saves
-  most. Errors do not carry over: the record says "carried" until
-  they are measured. Another architecture, config, module list or scheduler, and CFG switched on or
-  off, are refused. A carried plan is exported anew. To fewer steps, where each is a larger one, much
-  may have to be repaired: a search there saves more."""
+  most. Errors do not carry over: the record says "carried" until they are measured. Another
+  architecture, config, module list or scheduler, and CFG switched on or off, are refused. A carried
+  plan is exported anew. To fewer steps, where each is a larger one, much may have to be repaired: a
+  search there saves more."""
 
 
 def add_carry(actions: Verbs) -> None:
