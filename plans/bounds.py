@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from plans.models import AttentionModule
-from plans.plan import Bucket, Plan
+from plans.plan import Bucket, Plan, join_equal
 from plans.strategies import HeadErrors
 from plans.tiles import FULL
 
@@ -60,12 +60,5 @@ def raise_offenders(
         mode = tables[bucket][name][head]
         widest = max(arrows, default=FULL)
         tables[bucket][name][head] = widest if mode < widest else FULL
-    distinct: list[Bucket] = []
-    index = []
-    for table in tables:
-        merged = Bucket({name: tuple(modes) for name, modes in table.items()})
-        if merged not in distinct:
-            distinct.append(merged)
-        index.append(distinct.index(merged))
-    schedule = tuple(index[bucket] for bucket in plan.schedule)
-    return replace(plan, buckets=tuple(distinct), schedule=schedule)
+    buckets = tuple(Bucket({name: tuple(modes) for name, modes in t.items()}) for t in tables)
+    return join_equal(replace(plan, buckets=buckets))

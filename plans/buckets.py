@@ -16,6 +16,7 @@ import numpy as np
 
 from plans.errors import ArrowheadError
 from plans.estimate import Estimate, ages, subsets
+from plans.refine import all_options, exchange_pairs
 from plans.schedules import Progress, Schedule, climb, search_schedule
 from plans.tables import Floats, HeadTables, Ints
 from plans.tiles import CACHED, FULL
@@ -23,6 +24,8 @@ from plans.tiles import CACHED, FULL
 # Heads times sets of buckets up to which schedules are searched, and only improved on, by what they
 # save exactly: some seconds on one core for either.
 _SEARCHED, _CLIMBED = 512, 4096
+_KICKS = 24  # restarts at most of an exact search; 6 where it takes longest
+_REFINED = 3  # schedules whose modes are chosen with more care
 _PRICE_STEPS = 16  # iterations that find what error costs in a module over its bound
 
 
@@ -58,12 +61,31 @@ def choose_buckets(
         found = _candidates(tables, delta, cap_factor, count, start, report)
     if work <= _SEARCHED:
         if start is None:
-            found.append(search_schedule(judge.saving, tables.steps, count, report, found))
+            kicks = min(_KICKS, 6 * (_SEARCHED // max(1, work)))
+            found.append(search_schedule(judge.saving, tables.steps, count, report, found, kicks))
         else:
             found.append(climb(judge.saving, tuple(start), count))
     elif work <= _CLIMBED:
         found += [climb(judge.saving, schedule, count) for schedule in dict.fromkeys(found)]
-    return _joined(judge.choose(max(dict.fromkeys(found), key=judge.saving)))
+    best = sorted(dict.fromkeys(found), key=judge.saving, reverse=True)[:_REFINED]
+    refined = [_refined(tables, delta, cap_factor, judge.choose(schedule)) for schedule in best]
+    return _joined(max(refined, key=lambda choice: choice.saving))
+
+
+def _refined(tables: HeadTables, delta: float, cap_factor: float, choice: Choice) -> Choice:
+    """Try every mode in every bucket, a module at a time (plans.refine); saves no less."""
+    modes, saving, schedule = choice.modes.copy(), 0.0, choice.schedule
+    for index, (first, heads) in enumerate(zip(tables.starts, tables.heads, strict=True)):
+        judge = _Judge(tables.of_module(index), delta, cap_factor)
+        rows = slice(first, first + heads)
+        saved = judge.saved(modes[:, rows], schedule)
+        options = all_options(len(tables.windows) + 2, schedule, heads)
+        if options is not None:
+            found = judge.choose(schedule, options)
+            if found.saving > saved:
+                modes[:, rows], saved = found.modes, found.saving
+        saving += saved
+    return Choice(modes, schedule, saving)
 
 
 def _candidates(
@@ -155,16 +177,25 @@ class _Judge:
             self._known[schedule] = self.choose(schedule).saving
         return self._known[schedule]
 
-    def choose(self, schedule: Schedule) -> Choice:
-        """Return the best modes found under the schedule."""
+    def choose(self, schedule: Schedule, tried: Ints | None = None) -> Choice:
+        """Return the best modes found under the schedule.
+
+        tried: [P, K], what each head may do, for one module; by default a few good options.
+        """
         plan = np.array(schedule)
-        modes, errors = self._options(plan)
+        if tried is None:
+            modes, errors = self._options(plan)
+        else:
+            modes = np.repeat(tried[:, :, None], len(self._cap), axis=2)
+            errors = self._errors(modes, plan)
         shares = np.bincount(plan, minlength=modes.shape[1]).astype(float)
         rows = np.arange(modes.shape[2])
         savings = np.einsum("k,pkr->pr", shares, self._saving[modes, rows])
         allowed = ((errors < self._cap) | (errors == 0)).all(axis=1)
         savings[~allowed] = -np.inf
         picked = self._within_sums(savings, errors)
+        if tried is not None:
+            picked = exchange_pairs(savings, errors, picked, self._delta)
         codes = np.array([FULL, *self._tables.windows, CACHED])
         return Choice(
             codes[modes[picked, :, rows]].T,
@@ -172,11 +203,18 @@ class _Judge:
             float(savings[picked, rows].sum()),
         )
 
+    def saved(self, modes: Ints, schedule: Schedule) -> float:
+        """Return what modes [K, R], in codes of the tables, save over all steps."""
+        taken = self._indices(modes)[list(schedule)]
+        return float(self._saving[taken, np.arange(modes.shape[1])].sum())
+
     def errors_of(self, choice: Choice) -> Floats:
         """Return what the tables say of a choice, [N, R]."""
+        return self._errors(self._indices(choice.modes)[None], np.array(choice.schedule))[0]
+
+    def _indices(self, modes: Ints) -> Ints:
         order = {mode: i for i, mode in enumerate((FULL, *self._tables.windows, CACHED))}
-        codes = np.vectorize(order.__getitem__)(choice.modes)
-        return self._errors(codes[None], np.array(choice.schedule))[0]
+        return np.vectorize(order.__getitem__, otypes=[int])(modes)
 
     def _options(self, schedule: Ints) -> tuple[Ints, Floats]:
         """Return what a head may do in the K buckets: modes [P, K, R] and errors [P, N, R].

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from plans.tiles import CACHED
 
 if TYPE_CHECKING:
-    from plans.plan import Plan
+    from plans.plan import Bucket, Plan
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,23 @@ def _module_groups(plan: Plan, module: str) -> Iterator[CacheGroup]:
             heads_of.setdefault((readers, writers), []).append(head)
     for index, ((readers, writers), heads) in enumerate(heads_of.items()):
         yield CacheGroup(module, index, tuple(heads), readers, writers)
+
+
+def oldest_caches(plan: Plan) -> dict[tuple[int, tuple[str, int]], int]:
+    """Return the greatest age in steps of each cache: by bucket and (module, head) that reads."""
+    oldest: dict[tuple[int, tuple[str, int]], int] = {}
+    written: dict[tuple[str, int], int] = {}
+    for step, bucket in enumerate(plan.schedule):
+        for head, mode in heads_of(plan.buckets[bucket]):
+            if mode == CACHED:
+                oldest[bucket, head] = max(step - written[head], oldest.get((bucket, head), 0))
+            else:
+                written[head] = step
+    return oldest
+
+
+def heads_of(bucket: Bucket) -> Iterator[tuple[tuple[str, int], int]]:
+    """Yield (module, head) and mode."""
+    for name, modes in bucket.modes.items():
+        for head, mode in enumerate(modes):
+            yield (name, head), mode

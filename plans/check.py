@@ -135,7 +135,7 @@ def _check_model(plan: Plan, spec: ModelSpec) -> None:
     for subject, got, expected, fix in facts:
         if got != expected:
             raise ArrowheadError(subject, got=got, expected=f"{expected}, as planned", fix=fix)
-    _check_config(plan, spec)
+    check_config(plan, spec)
     for module, planned in zip(spec.modules, plan.modules, strict=False):
         if _geometry(module) != _geometry(planned):
             raise ArrowheadError(
@@ -153,7 +153,8 @@ def _check_model(plan: Plan, spec: ModelSpec) -> None:
         )
 
 
-def _check_config(plan: Plan, spec: ModelSpec) -> None:
+def check_config(plan: Plan, spec: ModelSpec) -> None:
+    """Raise ArrowheadError, key by key, if a transformer's config is not the plan's."""
     if config_fingerprint(spec.config) == plan.model.config_sha256:
         return
     got: object = "another config"

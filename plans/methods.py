@@ -151,7 +151,7 @@ class Search:
             plan = _plan_of(self._bare, choice)
         if self._effort.final_check:
             plan = raise_offenders(plan, errors, self._bounds, self._candidates)
-            return self._raised(plan, rounds)
+            return self.kept_within(plan, rounds)
         assert choice is not None and run.recorded is not None  # there is a round at least
         own = corrected(recorder.tables([run.recorded], self._savings), choice, measured)
         return self._predicted(plan, own, measured, group)
@@ -218,9 +218,14 @@ class Search:
                 distinct.append(modes)
         schedule = tuple(distinct.index(modes) for modes in strategy.modes)
         plan = replace(bare, buckets=tuple(Bucket(m) for m in distinct), schedule=schedule)
-        return self._raised(plan, 0)
+        return self.kept_within(plan, 0)
 
-    def _raised(self, plan: Plan, before: int) -> Found:
+    def measured(self, plan: Plan) -> Found:
+        """Measure a plan on all prompts, and leave it as it is."""
+        errors = errors_by_module(plan.modules, self._runs.errors(plan, "measure"))
+        return Found(plan, errors, self._basis("measured", 1, range(len(self._runs.groups))))
+
+    def kept_within(self, plan: Plan, before: int = 0) -> Found:
         """Measure, raise the heads that break the bounds, and measure again until none does.
 
         From the last of `rounds` on they become full at once; each round then leaves fewer heads

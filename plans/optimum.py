@@ -4,38 +4,69 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from plans.buckets import choose_buckets
 from plans.tables import Floats, HeadTables, Ints
 
+_SWEEPS = 4  # over the heads of a module
 _ROUNDS = 60  # of prices for the modules' sums; the bound is about 0.1 % over its limit then
 
 
-def per_step_bound(tables: HeadTables, delta: float, cap_factor: float) -> float:
-    """Return an upper bound on the saving of any plan within the bounds, whatever its buckets.
+class PerStep(NamedTuple):
+    """What a graph for each step saves: in a plan that was found, and in any at most."""
+
+    reached: float
+    bound: float
+
+
+def per_step(tables: HeadTables, delta: float, cap_factor: float) -> PerStep:
+    """Bracket the saving of the best plan within the bounds, whatever its buckets.
 
     With a price on the errors of each step and module heads are independent, and each head's best
     sequence of modes is found exactly, step by step over the age of its cache and the mode that
     wrote it. Every set of prices bounds the saving (Lagrange); prices rise where sums are over
-    delta. Where no sum is, the bound is met.
+    delta. From there heads are given, one after another, the best sequence within the room that
+    the others leave.
     """
-    steps, rows, _ = tables.arrow.shape
-    paths = _Paths(tables, np.repeat([cap_factor * delta / h for h in tables.heads], tables.heads))
-    module = np.repeat(np.arange(len(tables.heads)), tables.heads)
-    price = np.zeros((steps, len(tables.heads)))
-    best = np.inf
+    steps, _, _ = tables.arrow.shape
+    heads = np.array(tables.heads)
+    paths = _Paths(tables, np.repeat(cap_factor * delta / heads, heads))
+    module = np.repeat(np.arange(len(heads)), heads)
+    price = np.zeros((steps, len(heads)))
+    bound = np.inf
     for turn in range(_ROUNDS):
-        value, errors = paths.best(price[:, module])
-        best = min(best, value + delta * float(price.sum()))
+        values, errors = paths.best(price[:, module])
+        bound = min(bound, float(values.sum()) + delta * float(price.sum()))
         excess = np.add.reduceat(errors, tables.starts, axis=1) / delta - 1 if delta else errors
         if not delta or (turn == 0 and excess.max() <= 0):
             break
         scale = float(tables.cached_saving.max(initial=0.0)) / delta
         price = np.maximum(0, price + scale / (2 + turn) * excess)
-    return float(best)
+    return PerStep(_reached(paths, tables, errors, delta), float(bound))
+
+
+def _reached(paths: _Paths, tables: HeadTables, errors: Floats, delta: float) -> float:
+    """Make sequences of modes that err too much fit, and better, a head of each module at a time.
+
+    A head takes no more than the others leave, nothing where they leave nothing: after one sweep
+    all sums are within delta.
+    """
+    errors = errors.copy()
+    values = np.zeros(errors.shape[1])
+    starts, heads = tables.starts, np.array(tables.heads)
+    for _ in range(_SWEEPS):
+        for head in range(int(heads.max())):
+            modules = np.flatnonzero(heads > head)
+            rows = starts[modules] + head
+            others = np.add.reduceat(errors, starts, axis=1)[:, modules] - errors[:, rows]
+            # A hair less: summed in another order the errors must still fit.
+            room = np.maximum(0, delta * (1 - 1e-9) - others)
+            values[rows], errors[:, rows] = paths.of(rows).best(np.zeros_like(room), room)
+    return float(values.sum())
 
 
 def compare_buckets(
@@ -48,12 +79,13 @@ def compare_buckets(
     """Choose for every number of buckets: shares of what caches at every step would save.
 
     Predicted by the tables. "bound" is the share that a graph for each step could save at most,
-    and "loss" the part of it that is lost.
+    and "loss" the part of it that is lost; "reached" and "loss_of_reached" are those of a plan that
+    has a graph for each step.
     """
     most = np.concatenate([tables.arrow_saving, tables.cached_saving[:, None]], axis=1).max(axis=1)
     dense = tables.steps * float(most.sum()) or 1.0
-    bound = per_step_bound(tables, delta, cap_factor) / dense
-    rows = []
+    reached, bound = (saving / dense for saving in per_step(tables, delta, cap_factor))
+    rows: list[dict[str, Any]] = []
     for i, count in enumerate(counts):
         if progress is not None:
             progress(f"{count} graphs", i, len(counts))
@@ -69,7 +101,12 @@ def compare_buckets(
                 "schedule": list(choice.schedule),
             }
         )
-    return {"delta": delta, "cap_factor": cap_factor, "bound": bound, "rows": rows}
+    reached = max([reached, *(row["saved"] for row in rows)])
+    for row in rows:
+        row["loss_of_reached"] = 1 - row["saved"] / reached if reached else 0.0
+    return {
+        "delta": delta, "cap_factor": cap_factor, "reached": reached, "bound": bound, "rows": rows
+    }  # fmt: skip
 
 
 class _Paths:
@@ -91,8 +128,19 @@ class _Paths:
         self._saving[:-1] = tables.arrow_saving.T
         self._cached_saving = tables.cached_saving
 
-    def best(self, price: Floats) -> tuple[float, Floats]:
-        """Return the most of saving less price x error, and the errors [N, R] of what saves it."""
+    def of(self, rows: Ints) -> _Paths:
+        """Return these heads' alone."""
+        some = copy(self)
+        some._own, some._aged = self._own[..., rows], self._aged[..., rows]
+        some._saving, some._cached_saving = self._saving[:, rows], self._cached_saving[rows]
+        return some
+
+    def best(self, price: Floats, room: Floats | None = None) -> tuple[Floats, Floats]:
+        """Return the most of saving less price x error, [R], and its errors [N, R].
+
+        room: [N, R], what a head may err at most.
+        """
+        room = np.full_like(price, np.inf) if room is None else room
         steps, kinds, rows = self._own.shape
         ages = self._aged.shape[1]
         value = np.full((ages + 1, kinds, rows), -np.inf)
@@ -103,12 +151,14 @@ class _Paths:
             came[step] = flat.argmax(axis=0)
             before = flat[came[step], np.arange(rows)]
             grown = np.empty_like(value)
-            grown[0] = before + self._saving - _cost(price[step], self._own[step])
-            grown[1:] = value[:-1] + self._cached_saving - _cost(price[step], self._aged[step])
+            grown[0] = before + self._saving - _cost(price[step], self._own[step], room[step])
+            grown[1:] = (
+                value[:-1] + self._cached_saving - _cost(price[step], self._aged[step], room[step])
+            )
             value = grown
         flat = value.reshape(-1, rows)
         last = flat.argmax(axis=0)
-        return float(flat[last, np.arange(rows)].sum()), self._walk(came, last)
+        return flat[last, np.arange(rows)], self._walk(came, last)
 
     def _walk(self, came: Ints, state: Ints) -> Floats:
         """Follow the states back; errors [N, R]."""
@@ -127,6 +177,7 @@ class _Paths:
         return errors
 
 
-def _cost(price: Floats, errors: Floats) -> Floats:
-    """Price times error; infinite errors cost infinitely much at any price."""
-    return np.where(np.isfinite(errors), price * np.where(np.isfinite(errors), errors, 0), np.inf)
+def _cost(price: Floats, errors: Floats, room: Floats) -> Floats:
+    """Price times error; errors that are infinite, or over room, cost infinitely much."""
+    may = np.isfinite(errors) & (errors <= room)
+    return np.where(may, price * np.where(may, errors, 0), np.inf)

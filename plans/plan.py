@@ -19,7 +19,8 @@ from plans.tiles import FULL, TokenLayout
 
 __all__ = [
     "Bucket", "CacheFlow", "CacheGroup", "ModelRef", "Plan", "Sampler", "cache_flow", "check_plan",
-    "dense_plan", "load_plan", "plan_from_json", "plan_to_json", "resolve_source", "save_plan",
+    "dense_plan", "join_equal", "load_plan", "plan_from_json", "plan_to_json", "resolve_source",
+    "save_plan",
 ]  # fmt: skip
 
 FORMAT = "arrowhead.plan/1"
@@ -105,6 +106,18 @@ def dense_plan(plan: Plan) -> Plan:
     """Return the plan of the same model and sampler that computes every head in full."""
     full = Bucket({module.name: (FULL,) * module.heads for module in plan.modules})
     return replace(plan, buckets=(full,), schedule=(0,) * plan.steps, search=None, accounting=None)
+
+
+def join_equal(plan: Plan) -> Plan:
+    """Return the plan with buckets of equal modes made one."""
+    distinct: list[Bucket] = []
+    index = []
+    for bucket in plan.buckets:
+        if bucket not in distinct:
+            distinct.append(bucket)
+        index.append(distinct.index(bucket))
+    schedule = tuple(index[bucket] for bucket in plan.schedule)
+    return replace(plan, buckets=tuple(distinct), schedule=schedule)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

@@ -10,19 +10,23 @@ Schedule = tuple[int, ...]
 Saving = Callable[[Schedule], float]
 Progress = Callable[[int, int, float], None]  # rounds of local search done, of how many, saving
 
-_KICKS = 6  # restarts from the best schedule, some steps changed
-
 
 def search_schedule(
-    saving: Saving, steps: int, buckets: int, progress: Progress, starts: Sequence[Schedule] = ()
+    saving: Saving,
+    steps: int,
+    buckets: int,
+    progress: Progress,
+    starts: Sequence[Schedule] = (),
+    kicks: int = 6,
 ) -> Schedule:
     """Find a schedule that saves much: from several patterns, then from kicks of the best.
 
-    Step 0 is in bucket 0. starts: schedules to begin from, too. saving is asked for many schedules,
-    some of them again. Deterministic.
+    Step 0 is in bucket 0. starts: schedules to begin from, too. kicks: restarts from the best
+    schedule, some steps changed. saving is asked for many schedules, some of them again.
+    Deterministic.
     """
     starts = list(dict.fromkeys([*_patterns(steps, buckets), *starts]))
-    rounds = len(starts) + _KICKS
+    rounds = len(starts) + kicks
     best = starts[0]
     rng = np.random.default_rng(0)
     for turn in range(rounds):

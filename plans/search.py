@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +13,8 @@ from typing import Any
 from plans.accounting import account
 from plans.bounds import Bounds
 from plans.buckets import check_bucket_limit
+from plans.carry import spec_of
+from plans.check import check_plan
 from plans.denoising import Denoising, Prompts, dense_plan_of
 from plans.effort import BY_SIZE, Effort, Wanted, check_memory, effort_for
 from plans.errors import ArrowheadError
@@ -25,6 +28,7 @@ from plans.tables import HeadTables
 from plans.tiles import CACHED, candidate_half_windows
 
 CANDIDATES = ("arrow", "cache")
+DIVISORS = (8, 16, 32)
 METHODS = ("joint", "progressive")
 METRIC = "relative squared error per head: mean (O_m - O)^2 / mean (O - mean O)^2, in fp32"
 
@@ -38,7 +42,7 @@ def search_plan(
     width: int,
     delta: float,
     cap_factor: float = 1.5,
-    divisors: Sequence[int] = (8, 16, 32),
+    divisors: Sequence[int] = DIVISORS,
     candidates: Sequence[str] = CANDIDATES,
     block: int = 128,
     method: str = "joint",
@@ -133,6 +137,66 @@ def measure(
     effort = Effort(1, prompts_per_run or max(1, settings.pictures), False)
     runs = Runs(pipe, settings, effort, {}, progress or (lambda *_: None), Scratch(None, {}, False))
     return errors_by_module(plan.modules, runs.errors(plan, "measure"))
+
+
+def measure_plan(
+    pipe: Any,
+    plan: Plan,
+    prompts: Prompts,
+    *,
+    repair: bool = False,
+    delta: float | None = None,
+    cap_factor: float | None = None,
+    max_sequence_length: int | None = None,
+    seed: int = 0,
+    wanted: Wanted = BY_SIZE,
+    announce: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Run a plan that was carried or edited, and return it with what its heads err on record.
+
+    repair: heads are raised, and the plan run again, until the bounds hold: delta and cap_factor,
+    by default those that its record names. Raises ArrowheadError where the plan does not fit the
+    pipeline, or is to be repaired within bounds that nobody names.
+    """
+    begin = time.perf_counter()
+    settings = Denoising(prompts, plan.steps, plan.height, plan.width,
+                         plan.sampler.guidance_scale, max_sequence_length, seed)  # fmt: skip
+    before = plan.search or {}
+    bounds = _bounds_of(before, delta, cap_factor, repair)
+    bare = dense_plan_of(pipe, settings, plan.block, None, None)
+    check_plan(plan, spec_of(bare), bare.sampler)
+    effort = _effort(bare, settings, wanted, together=False)
+    divisors = before.get("divisors", DIVISORS)
+    arrows = {m.name: candidate_half_windows(m.layout, divisors) for m in plan.modules}
+    search = Search(pipe, settings, bare, arrows, bounds, effort, None,
+                    progress or (lambda *_: None))  # fmt: skip
+    check_memory(search.memory(), pipe, announce)
+    search.begin(Scratch(None, {}, False))
+    found = search.kept_within(plan) if repair else search.measured(plan)
+    record = before | _run_record(pipe, settings) | {"sample_tokens": effort.sample_tokens}
+    if bounds.delta < math.inf:
+        record |= {"delta": bounds.delta, "cap_factor": bounds.cap_factor}
+        record["within_bounds"] = not bounds.broken(plan.modules, found.errors)
+    record |= {"seconds": round(time.perf_counter() - begin, 3)} | found.record()
+    record.pop("prices", None)  # they were of the plan that the search found
+    return replace(found.plan, search=record, accounting=account(found.plan, _rows(bare)))
+
+
+def _bounds_of(
+    record: Mapping[str, Any], delta: float | None, cap_factor: float | None, needed: bool
+) -> Bounds:
+    """Bounds as given, else as recorded, else none."""
+    delta = record.get("delta") if delta is None else delta
+    cap_factor = record.get("cap_factor", 1.5) if cap_factor is None else cap_factor
+    if delta is None and needed:
+        raise ArrowheadError(
+            "bounds of the repair",
+            got="no delta in the plan's record",
+            expected="the error that each step and module may make",
+            fix="pass --delta, from 0.2 on",
+        )
+    return Bounds(math.inf if delta is None else delta, cap_factor)
 
 
 def _check_arguments(

@@ -44,6 +44,18 @@ class HeadTables:
         """First row of each module."""
         return np.cumsum([0, *self.heads[:-1]])
 
+    def of_module(self, index: int) -> HeadTables:
+        """Return the tables of one module's heads."""
+        first, heads = int(self.starts[index]), self.heads[index]
+        rows = slice(first, first + heads)
+        drift = np.broadcast_to(self.drift, self.arrow.shape[:2])
+        return HeadTables(
+            heads=(heads,), windows=self.windows,
+            arrow=self.arrow[:, rows], cached=self.cached[:, rows],
+            arrow_saving=self.arrow_saving[rows], cached_saving=self.cached_saving[rows],
+            drift=drift[:, rows],
+        )  # fmt: skip
+
 
 def save_tables(tables: HeadTables, path: Path) -> None:
     """Write a .npz file."""

@@ -21,7 +21,7 @@ TOP = {
 # These stay importable wherever Python is: a server that only checks a plan needs no PyTorch.
 LIGHT = {
     "__init__", "errors", "tiles", "models", "plan", "bundle", "accounting", "solver", "importer",
-    "cache_flow", "check", "json_files",
+    "cache_flow", "carry", "check", "json_files",
 }  # fmt: skip
 
 

@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("arrowhead: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as by `arrowhead plan diff .. | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return 130
 

@@ -65,6 +65,13 @@ def bare_plan(pipe: Any, arguments: argparse.Namespace) -> Plan:
 
 def plan_source(plan: Plan, plan_file: Path, model: str | None) -> str:
     """Give the checkpoint to export: --model, or what the plan names; check it is the plan's."""
+    source = source_of(plan, plan_file, model)
+    _check_weights(plan, source, overridden=model is not None)
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def source_of(plan: Plan, plan_file: Path, model: str | None) -> str:
+    """Give --model, or the checkpoint that the plan names."""
     source = model or resolve_source(plan, plan_file.resolve().parent)
     if source is None:
         raise ArrowheadError(
@@ -73,8 +80,7 @@ def plan_source(plan: Plan, plan_file: Path, model: str | None) -> str:
             expected="a folder in diffusers' format, or a hub id",
             fix="pass --model",
         )
-    _check_weights(plan, source, overridden=model is not None)
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
+    return source
 
 
 def local_fingerprint(source: str) -> str | None:

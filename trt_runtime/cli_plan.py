@@ -1,4 +1,4 @@
-"""The verb plan: search, synthetic, show, diff, edit, import, check."""
+"""The verb plan: search, carry, measure, synthetic, show, diff, edit, import, check."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plans.accounting import account
 from plans.plan import Plan, check_plan, load_plan, save_plan
+from trt_runtime.cli_carry import add_carry, add_measure
 from trt_runtime.cli_common import (
     Verbs,
     add_verb,
@@ -19,14 +20,16 @@ from trt_runtime.cli_common import (
 from trt_runtime.cli_plan_show import rows_of, show_plan
 from trt_runtime.cli_search import add_buckets, add_sampling, add_search, search_options
 from trt_runtime.cli_synthetic import add_synthetic
-from trt_runtime.plan_text import apply_edits, differences, parse_edit
+from trt_runtime.plan_text import apply_edits, differences, own_buckets, parse_edit, parse_steps
 
 
 def add_verbs(verbs: Verbs) -> None:
-    parser = verbs.add_parser("plan", help="search, show, compare, edit, import and check plans")
+    parser = verbs.add_parser("plan", help="search, carry, measure, show, edit and check plans")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     add_search(actions, search)
     add_buckets(actions)
+    add_carry(actions)
+    add_measure(actions)
     _add_import(actions)
     add_synthetic(actions)
     show_parser = add_verb(
@@ -38,22 +41,34 @@ def add_verbs(verbs: Verbs) -> None:
     )
     show_parser.add_argument("plan", type=Path, metavar="PLAN")
     show_parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it, too")
+    show_parser.add_argument(
+        "--heads", action="store_true", help="each head's mode, however many there are"
+    )
     parser = add_verb(
         actions,
         "diff",
         diff,
-        "list what differs between two plans, per step, module and head",
+        "list what differs between two plans, per step, module and head; plans of other step "
+        "counts are compared at the nearest sigmas",
         "  arrowhead plan diff before.json after.json",
     )
     parser.add_argument("first", type=Path, metavar="PLAN")
     parser.add_argument("second", type=Path, metavar="OTHER")
+    _add_edit(actions)
+    _add_check(actions)
+
+
+def _add_edit(actions: Verbs) -> None:
     parser = add_verb(
         actions,
         "edit",
         edit,
         "set modes by hand; the result is checked and accounted anew",
         "  arrowhead plan edit plan.json --bucket 1 --output edited.json \\\n"
-        "      --set transformer_blocks.3.attn:0,2-4=cached --set 'transformer_blocks.*:all=full'",
+        "      --set transformer_blocks.3.attn:0,2-4=cached --set 'transformer_blocks.*:all=full'\n"
+        "  arrowhead plan edit plan.json --steps 7-9 --set '*:0=full' --output edited.json\n"
+        "what an edited plan errs:\n"
+        "  arrowhead plan measure edited.json",
     )
     parser.add_argument("plan", type=Path, metavar="PLAN")
     parser.add_argument(
@@ -64,9 +79,12 @@ def add_verbs(verbs: Verbs) -> None:
         help="MODULE may be a pattern; HEADS all, or as 0,2-4; MODE full, cached or a half "
         "window in blocks",
     )
-    parser.add_argument("--bucket", type=int, required=True, metavar="I")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--bucket", type=int, nargs="+", metavar="I", help="of these buckets")
+    where.add_argument(
+        "--steps", metavar="STEPS", help="of these steps, as 3,7-9: they get buckets of their own"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: PLAN itself")
-    _add_check(actions)
 
 
 def _add_check(actions: Verbs) -> None:
@@ -134,7 +152,7 @@ def search(arguments: argparse.Namespace) -> int:
 def show(arguments: argparse.Namespace) -> int:
     """Print a plan, and draw it where asked."""
     plan = load_plan(arguments.plan)
-    show_plan(plan)
+    show_plan(plan, all_heads=arguments.heads)
     if arguments.picture is not None:
         _draw(plan, arguments.picture)
     return 0
@@ -153,13 +171,20 @@ def diff(arguments: argparse.Namespace) -> int:
     first, second = load_plan(arguments.first), load_plan(arguments.second)
     lines = differences(first, second)
     print("\n".join(lines) if lines else "no difference")
+    if lines:
+        saved = [percent(account(p, 1)["attention_flops_saved"]) for p in (first, second)]
+        print(f"attention saved: {saved[0]} -> {saved[1]}")
     return 1 if lines else 0
 
 
 def edit(arguments: argparse.Namespace) -> int:
     """Set modes, check, account and save."""
     plan = load_plan(arguments.plan)
-    edited = apply_edits(plan, arguments.bucket, [parse_edit(text) for text in arguments.set])
+    edited, buckets = plan, arguments.bucket
+    if arguments.steps is not None:
+        edited, buckets = own_buckets(plan, parse_steps(arguments.steps))
+    for bucket in buckets:
+        edited = apply_edits(edited, bucket, [parse_edit(text) for text in arguments.set])
     check_plan(edited)
     # What was measured, was measured of another plan.
     edited = replace(edited, search=None, accounting=account(edited, rows_of(plan)))
@@ -167,7 +192,10 @@ def edit(arguments: argparse.Namespace) -> int:
     make_parent(target)
     save_plan(_relocate(edited, arguments.plan), target)
     saved = [percent(account(p, 1)["attention_flops_saved"]) for p in (plan, edited)]
-    print(f"{target}: attention saved {saved[1]}, before {saved[0]}")
+    print(
+        f"{target}: attention saved {saved[1]}, before {saved[0]}; graphs {len(edited.buckets)}, "
+        f"before {len(plan.buckets)}; not measured: `arrowhead plan measure {target}`"
+    )
     return 0
 
 

@@ -23,10 +23,17 @@ from trt_runtime.cli_common import (
 DIVISORS = (8, 16, 32)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Arguments that fix what a plan is for; None leaves the pipeline's own default."""
+def add_sampling(parser: argparse.ArgumentParser, *, of_plan: bool = False) -> None:
+    """Arguments that fix what a plan is for; None leaves the pipeline's own default.
+
+    of_plan: what is not given is a plan's, the model and the block too.
+    """
+    model = "folder in diffusers' format, or hub id"
     parser.add_argument(
-        "-m", "--model", required=True, help="folder in diffusers' format, or hub id"
+        "-m",
+        "--model",
+        required=not of_plan,
+        help=f"{model} (default: the plan's)" if of_plan else model,
     )
     parser.add_argument("--revision", metavar="NAME", help="of the hub id")
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
@@ -34,13 +41,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--guidance-scale", type=float, metavar="X")
     parser.add_argument("--max-sequence-length", type=int, metavar="T")
+    block = "default: the plan's" if of_plan else "default 128"
     parser.add_argument(
         "--block",
         type=int,
-        default=128,
+        default=None if of_plan else 128,
         metavar="TOKENS",
-        help="image tokens of a block (default 128; 16 gives 1024 tokens the geometry of 2K)",
+        help=f"image tokens of a block ({block}; 16 gives 1024 tokens the geometry of 2K)",
     )
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="fp32", help="of the run: fp32 (default), fp16, bf16")
 
@@ -241,13 +253,14 @@ def buckets(arguments: argparse.Namespace) -> int:
         write_json(report, arguments.json)
     if arguments.json != "-":
         rows = [
-            (r["max_buckets"], percent(r["saved"]), percent(r["loss"]), f"{r['seconds']:.1f}",
+            (r["max_buckets"], percent(r["saved"]), percent(r["loss_of_reached"]),
+             percent(r["loss"]), f"{r['seconds']:.1f}",
              " ".join(map(str, r["schedule"])))
             for r in report["rows"]
         ]  # fmt: skip
         title = (
-            f"predicted saving, delta {arguments.delta:g}; a graph for each step: at most "
-            f"{percent(report['bound'])}"
+            f"predicted saving, delta {arguments.delta:g}; a graph for each step: "
+            f"{percent(report['reached'])} reached, at most {percent(report['bound'])}"
         )
-        show_table(title, ("graphs", "saved", "lost of it", "s", "schedule"), rows)
+        show_table(title, ("graphs", "saved", "lost of reached", "of most", "s", "schedule"), rows)
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from plans.carry import nearest_steps
 from plans.errors import ArrowheadError
 from plans.plan import Bucket, Plan
 from plans.tiles import CACHED, FULL
@@ -28,6 +29,16 @@ def mode_name(mode: int, *, short: bool = False) -> str:
     if mode == CACHED:
         return "C" if short else "cached"
     return str(mode) if short else f"arrow {mode}"
+
+
+def modes_text(modes: Sequence[int], *, counted: bool = False) -> str:
+    """Give a module's modes one by one, F C 4; counted: as 6F 10x4 8C."""
+    if not counted:
+        return " ".join(mode_name(mode, short=True) for mode in modes)
+    count = Counter(modes)
+    windows = [f"{count[w]}x{w}" for w in sorted(count) if w >= 0]
+    full, cached = (f"{count[m]}{n}" for m, n in ((FULL, "F"), (CACHED, "C")))
+    return " ".join([*[full] * (FULL in count), *windows, *[cached] * (CACHED in count)])
 
 
 def mode_counts(plan: Plan, bucket: int) -> dict[str, int]:
@@ -57,13 +68,26 @@ def parse_edit(text: str) -> Edit:
 
 
 def _heads(text: str) -> tuple[int, ...] | None:
-    if text == "all":
-        return None
-    heads: list[int] = []
+    return None if text == "all" else _numbers(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read 0,2-4."""
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        heads += range(int(first), int(last) + 1) if dash else [int(first)]
-    return tuple(heads)
+        numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+    return tuple(numbers)
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """Read steps, as 0,2-4."""
+    try:
+        return _numbers(text)
+    except ValueError:
+        raise ArrowheadError(
+            "--steps", got=text, expected="numbers, as 3,7-9", fix="count steps from 0"
+        ) from None
 
 
 def _mode(text: str) -> int:
@@ -110,6 +134,29 @@ def apply_edits(plan: Plan, bucket: int, edits: Sequence[Edit]) -> Plan:
     return replace(plan, buckets=tuple(buckets))
 
 
+def own_buckets(plan: Plan, steps: Sequence[int]) -> tuple[Plan, list[int]]:
+    """Give the plan with buckets that only these steps use, and which they are."""
+    for step in steps:
+        if not 0 <= step < plan.steps:
+            raise ArrowheadError(
+                "--steps",
+                got=step,
+                expected=f"some of 0..{plan.steps - 1}",
+                fix="`arrowhead plan show` lists the buckets and their steps",
+            )
+    wanted, buckets, schedule = set(steps), list(plan.buckets), list(plan.schedule)
+    for bucket in sorted({plan.schedule[step] for step in wanted}):
+        if {step for step, own in enumerate(plan.schedule) if own == bucket} <= wanted:
+            continue
+        schedule = [
+            len(buckets) if own == bucket and step in wanted else own
+            for step, own in enumerate(schedule)
+        ]
+        buckets.append(buckets[bucket])
+    split = replace(plan, buckets=tuple(buckets), schedule=tuple(schedule))
+    return split, sorted({schedule[step] for step in wanted})
+
+
 def differences(first: Plan, second: Plan) -> list[str]:
     """List what two plans do differently; empty if they do the same."""
     return [*_facts(first, second), *_modes(first, second)]
@@ -142,20 +189,35 @@ def _modes(first: Plan, second: Plan) -> Iterator[str]:
     for name in others:
         if name not in names:
             yield f"{name}: only in the second"
-    for step in range(min(first.steps, second.steps)):
-        a, b = first.modes_at(step), second.modes_at(step)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for before, step in _pairs(first, second):
+        a, b = first.modes_at(before), second.modes_at(step)
         for name in names:
-            if name not in b or a[name] == b[name]:
-                continue
-            if len(a[name]) != len(b[name]):
-                yield f"step {step}, {name}: {len(a[name])} heads -> {len(b[name])}"
-                continue
-            changes = [
-                f"head {head} {mode_name(x)} -> {mode_name(y)}"
-                for head, (x, y) in enumerate(zip(a[name], b[name], strict=True))
-                if x != y
-            ]
-            yield f"step {step}, {name}: {'; '.join(changes)}"
+            if name in b and a[name] != b[name]:
+                said = str(step) if before == step else f"{before}->{step}"
+                alike.setdefault((name, _changes(a[name], b[name])), []).append(said)
+    for (name, changes), steps in alike.items():
+        yield f"step{'s' * (len(steps) > 1)} {' '.join(steps)}, {name}: {changes}"
+
+
+def _pairs(first: Plan, second: Plan) -> Iterator[tuple[int, int]]:
+    """Steps to compare: of one number, or, for other sigmas, the first's of the nearest sigma."""
+    if first.steps == second.steps:
+        yield from ((step, step) for step in range(first.steps))
+        return
+    yield from zip(nearest_steps(first, second.sampler.sigmas), range(second.steps), strict=True)
+
+
+def _changes(before: Sequence[int], after: Sequence[int]) -> str:
+    if len(before) != len(after):
+        return f"{len(before)} heads -> {len(after)}"
+    heads: dict[str, list[str]] = {}
+    for head, (x, y) in enumerate(zip(before, after, strict=True)):
+        if x != y:
+            heads.setdefault(f"{mode_name(x)} -> {mode_name(y)}", []).append(str(head))
+    return "; ".join(
+        f"head{'s' * (len(own) > 1)} {','.join(own)} {change}" for change, own in heads.items()
+    )
 
 
 def _row(schedule: Sequence[int]) -> str:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from plans.buckets import Choice, _Judge, choose_buckets, corrected
 from plans.errors import ArrowheadError
 from plans.estimate import Estimate
-from plans.optimum import per_step_bound
+from plans.optimum import per_step
+from plans.refine import all_options, exchange_pairs
 from plans.tables import HeadTables, load_tables, save_tables
 from plans.tiles import CACHED, FULL
 
@@ -177,7 +178,7 @@ def test_the_estimate_is_exact_where_no_sum_binds(
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_saves_more_than_the_bound(seed: int) -> None:
     tables = _tables(steps=5, heads=[2, 1], ages=3, seed=seed)
-    bound = per_step_bound(tables, 0.3, 1.5)
+    bound = per_step(tables, 0.3, 1.5).bound
     for buckets in (1, 2, 5):
         assert choose_buckets(tables, 0.3, 1.5, buckets).saving <= bound * (1 + 1e-9)
     best = 0.0  # of one head alone, all sequences tried
@@ -189,8 +190,46 @@ def test_nothing_saves_more_than_the_bound(seed: int) -> None:
         choice = Choice(np.array([[FULL], *([mode] for mode in modes)]), tuple(range(5)), 0.0)
         if _legal(one, _errors(one, choice.modes, choice.schedule), 0.3, 1.0):
             best = max(best, _saved(choice))
-    assert per_step_bound(one, 0.3, 1.0) == pytest.approx(best, rel=0.02)
-    assert per_step_bound(one, 0.3, 1.0) >= best * (1 - 1e-9)
+    found = per_step(one, 0.3, 1.0)
+    assert found.bound == pytest.approx(best, rel=0.02)
+    assert found.bound >= best * (1 - 1e-9)
+    assert found.reached == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_graph_a_step_reaches_is_within_the_sums(seed: int) -> None:
+    """Two heads of one module, all sequences tried: near the best, and none better."""
+    tables = _tables(steps=4, heads=[2], ages=3, seed=seed)
+    best = 0.0
+    for modes in itertools.product(itertools.product(SAVING, repeat=2), repeat=3):
+        choice = Choice(np.array([(FULL, FULL), *modes]), tuple(range(4)), 0.0)
+        if _legal(tables, _errors(tables, choice.modes, choice.schedule), 0.3, 1.5):
+            best = max(best, _saved(choice))
+    reached, bound = per_step(tables, 0.3, 1.5)
+    assert 0.9 * best <= reached <= best * (1 + 1e-9) <= bound * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pairs_of_heads_are_exchanged_until_none_saves_more(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    savings, errors = rng.uniform(0, 1, (12, 2)), rng.uniform(0, 0.3, (12, 5, 2))
+    savings[0], errors[0] = 0, 0
+    savings[rng.integers(1, 12, 2)] = -np.inf
+    picked = exchange_pairs(savings, errors, np.zeros(2, dtype=int), 0.4)
+    best = max(
+        savings[i, 0] + savings[j, 1]
+        for i, j in itertools.product(range(12), repeat=2)
+        if ((errors[i, :, 0] + errors[j, :, 1]) <= 0.4).all()
+    )
+    assert savings[picked, [0, 1]].sum() == pytest.approx(best)
+    assert (errors[picked, :, [0, 1]].sum(axis=0) <= 0.4).all()
+
+
+def test_all_options_are_tried_only_where_they_are_few() -> None:
+    options = all_options(3, (0, 1, 2, 1), heads=2)
+    assert options is not None and options.shape == (9, 3) and not options[:, 0].any()
+    assert len(set(map(tuple, options))) == 9
+    assert all_options(5, (0, 1, 2, 3, 4, 5), heads=24) is None
 
 
 def test_tables_come_back_from_their_file(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_check_and_edit_and_diff(plan_file: Path, capsys: pytest.CaptureFixture[
                  "--output", str(edited)]) == 0  # fmt: skip
     assert load_plan(edited).accounting is not None
     assert main(["plan", "diff", str(plan_file), str(edited)]) == 1
-    assert "cached -> full" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cached -> full" in out and "attention saved: " in out
     assert main(["plan", "diff", str(edited), str(edited)]) == 0
 
 
@@ -99,7 +100,18 @@ def test_a_gpu_that_is_not_there_is_refused(
 def test_every_verb_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = ["export", "build", "run", "bench", "verify", "inspect", "doctor"]
     actions = [
-        ["plan", a] for a in ("search", "buckets", "show", "diff", "edit", "import", "check")
+        ["plan", a]
+        for a in (
+            "search",
+            "buckets",
+            "carry",
+            "measure",
+            "show",
+            "diff",
+            "edit",
+            "import",
+            "check",
+        )  # fmt: skip
     ]
     for words in [[verb] for verb in verbs] + actions:
         with pytest.raises(SystemExit):
@@ -218,3 +230,78 @@ def test_import_translates_the_references_pickles(
     assert imported.sampler.sigmas == pytest.approx(plan.sampler.sigmas)
     capsys.readouterr()
     assert main(["plan", "diff", str(target), str(target)]) == 0
+
+
+def test_edits_of_steps_leave_the_other_steps_alone(
+    plan: Plan, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = plan_file.with_name("edited.json")
+    command = ["plan", "edit", str(plan_file), "--output", str(edited), "--set", "*:all=full"]
+    assert main([*command, "--steps", "1,3"]) == 0
+    assert "plan measure" in capsys.readouterr().out
+    found = load_plan(edited)
+    full = found.modes_at(0)
+    for step in range(plan.steps):
+        assert found.modes_at(step) == (full if step in (1, 3) else plan.modes_at(step))
+    assert main([*command, "--steps", "9"]) == 2
+    assert "--steps | got 9; expected some of 0..5" in capsys.readouterr().err
+    assert main([*command, "--steps", "x"]) == 2
+    assert main([*command, "--bucket", "1", "2"]) == 0
+    assert load_plan(edited).modes_at(1) == full
+
+
+def test_wide_plans_are_shown_by_count(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = 24
+    modules = tuple(replace(m, heads=heads) for m in plan.modules)
+    buckets = tuple(replace(b, modes={n: m * 6 for n, m in b.modes.items()}) for b in plan.buckets)
+    save_plan(replace(plan, modules=modules, buckets=buckets), tmp_path / "plan.json")
+    assert main(["plan", "show", str(tmp_path / "plan.json")]) == 0
+    assert "24F" in capsys.readouterr().out
+    assert main(["plan", "show", str(tmp_path / "plan.json"), "--heads"]) == 0
+    out = capsys.readouterr().out
+    assert "24F" not in out and "nothing was measured of this plan" in out
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_carry_and_measure(
+    kind: str,
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _, plan = torch_bundle(kind)
+    model = str(folder.parent / "model")
+    searched, carried = tmp_path / "plan.json", tmp_path / "carried" / "plan.json"
+    # The plan's source is beside the bundle; its config is that of the saved model.
+    save_plan(replace(plan, model=replace(plan.model, source=model)), searched)
+    command = ["plan", "carry", str(searched), "--output", str(carried)]
+    assert main([*command, "--num-inference-steps", "9", "--height", "128"]) == 0
+    out = capsys.readouterr().out
+    assert f"carried from plan {plan.sha256[:12]}, 6 steps at 64 x 96" in " ".join(out.split())
+    assert "errors not measured yet" in out
+    found = load_plan(carried)
+    assert (found.steps, found.height, found.width, found.block) == (9, 128, 96, plan.block)
+    assert found.search is not None and found.search["basis"] == "carried"
+    assert main(["plan", "check", str(carried), "--model", model]) == 0
+    assert main(["plan", "diff", str(searched), str(carried)]) == 1
+    assert "steps: 6 -> 9" in capsys.readouterr().out
+
+    assert main(["plan", "measure", str(carried), "--prompt", "a cat"]) == 0
+    assert "largest measured error of a step and module" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert load_plan(carried).schedule == found.schedule
+    repair = ["--repair", "--delta", "0.3", "--prompt", "a cat", "--prompts-per-run", "1"]
+    assert main([*command, "--num-inference-steps", "4", *repair]) == 0
+    record = load_plan(carried).search
+    assert record is not None and record["basis"] == "measured" and record["delta"] == 0.3
+    assert max(max(row) for row in record["errors"].values()) <= 0.3
+
+    assert main([*command, "--num-inference-steps", "0"]) == 2
+    assert "--num-inference-steps | got 0" in capsys.readouterr().err
+    other = str(torch_bundle("sd3" if kind == "flux" else "flux")[0].parent / "model")
+    assert main([*command, "--model", other]) == 2
+    assert "transformer class | got" in capsys.readouterr().err

@@ -9,7 +9,15 @@ import pytest
 from plans.errors import ArrowheadError
 from plans.plan import Plan
 from tests import tiny
-from trt_runtime.plan_text import Edit, apply_edits, differences, mode_name, parse_edit
+from trt_runtime.plan_text import (
+    Edit,
+    apply_edits,
+    differences,
+    mode_name,
+    modes_text,
+    own_buckets,
+    parse_edit,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +68,17 @@ def test_differences_in_words(plan: Plan) -> None:
     assert differences(plan, plan) == []
     name = plan.modules[0].name
     edited = apply_edits(plan, 1, [Edit(name, (0,), -1)])
-    step = plan.schedule.index(1)
-    assert f"step {step}, {name}: head 0 cached -> full" in differences(plan, edited)
+    steps = " ".join(str(step) for step, bucket in enumerate(plan.schedule) if bucket == 1)
+    assert f"steps {steps}, {name}: head 0 cached -> full" in differences(plan, edited)
+    doubled = replace(
+        edited,
+        sampler=replace(plan.sampler, steps=12, sigmas=tuple(1 - i / 12 for i in range(12))),
+        schedule=tuple(plan.schedule[i // 2] for i in range(12)),
+    )
+    found = differences(plan, doubled)
+    assert "steps: 6 -> 12" in found
+    # Step 3, halfway between 1 and 2, is compared with the earlier.
+    assert any(line.startswith("steps 1->2 1->3 ") for line in found)
     other = replace(plan, height=128, schedule=(0, 1, 2, 0, 0, 0))
     found = differences(plan, other)
     assert "height: 64 -> 128" in found
@@ -74,3 +91,15 @@ def test_differences_in_words(plan: Plan) -> None:
 def test_mode_names() -> None:
     assert [mode_name(m) for m in (-2, -1, 3)] == ["cached", "full", "arrow 3"]
     assert [mode_name(m, short=True) for m in (-2, -1, 3)] == ["C", "F", "3"]
+
+
+def test_modes_are_told_one_by_one_or_by_count() -> None:
+    assert modes_text((-1, -2, 3, 3, 12, -2)) == "F C 3 3 12 C"
+    assert modes_text((-1, -2, 3, 3, 12, -2), counted=True) == "1F 2x3 1x12 2C"
+
+
+def test_steps_that_are_all_of_a_bucket_keep_it(plan: Plan) -> None:
+    steps = [step for step, bucket in enumerate(plan.schedule) if bucket == 1]
+    assert own_buckets(plan, steps) == (plan, [1])
+    split, buckets = own_buckets(plan, [0])
+    assert split.buckets[buckets[0]] == plan.buckets[0]
