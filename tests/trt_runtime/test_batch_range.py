@@ -300,7 +300,7 @@ def test_the_command_line(
     assert asked == []  # it is there
     assert "bucket 1" in capsys.readouterr().out
     assert main([*command, "--batch-range", "2", "2", "6"]) == 0
-    assert main([*command, "--batch", "6"]) == 0
+    assert main([*command, "--batch-range", "6", "6", "6"]) == 0
     assert main(command) == 0
     assert asked == [(2, 2, 6), 6, 2]
     with pytest.raises(SystemExit):
