@@ -133,7 +133,7 @@ class DenoiseState:
         for key, buffer in context.feeds.items():
             buffer[:rows].copy_(arguments[key])
         bucket = self._schedule[step]
-        run = context.runs.get((bucket, rows)) or self._bind(context, bucket)
+        run = context.runs.get((bucket, rows)) or self._bind(context, bucket, rows)
         run()
         context.step = step + 1
         self.step_seconds.append((bucket, time.perf_counter() - started))
@@ -170,8 +170,8 @@ class DenoiseState:
         self._contexts[name] = context
         return context
 
-    def _bind(self, context: _Context, bucket: int) -> Callable[[], None]:
-        engine, rows = self._engines[bucket], context.rows
+    def _bind(self, context: _Context, bucket: int, rows: int) -> Callable[[], None]:
+        engine = self._engines[bucket]
         feeds = dict(context.feeds)
         outputs = {"sample": context.sample}
         for spec in engine.inputs:
