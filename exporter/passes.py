@@ -82,7 +82,7 @@ def _fix_reshapes(graph: ir.Graph) -> None:
     """Let Reshape work a dynamic batch out, where tracing has computed it at run time."""
     for node in graph:
         shape = node.outputs[0].shape
-        if node.op_type != "Reshape" or node.domain or shape is None or not shape.is_dynamic():
+        if node.op_type != "Reshape" or node.domain or shape is None:
             continue
         given = node.inputs[1]
         if given is None or ir.convenience.get_const_tensor(given) is not None:
@@ -92,8 +92,14 @@ def _fix_reshapes(graph: ir.Graph) -> None:
             continue
         name = "shape_" + "_".join(map(str, dims)).replace("-1", "batch")
         if name not in graph.initializers:
-            constant = ir.tensor(dims, ir.DataType.INT64, name=name)
-            graph.register_initializer(ir.val(name, const_value=constant))
+            graph.register_initializer(
+                ir.Value(
+                    name=name,
+                    shape=ir.Shape((len(dims),)),
+                    type=ir.TensorType(ir.DataType.INT64),
+                    const_value=ir.tensor(dims, ir.DataType.INT64, name=name),
+                )
+            )
         node.replace_input_with(1, graph.initializers[name])
 
 

@@ -147,7 +147,8 @@ def _export(arguments: argparse.Namespace, plan: Plan) -> Bundle:
 def _batch(arguments: argparse.Namespace, plan: Plan) -> int | tuple[int, int, int]:
     """Rows of a call, or min, opt and max of them."""
     if arguments.batch_range:
-        return tuple(arguments.batch_range)
+        rows = tuple(arguments.batch_range)
+        return rows if len(set(rows)) > 1 else rows[0]
     return arguments.batch or (2 if plan.sampler.cfg else 1)
 
 

@@ -113,11 +113,11 @@ class CompiledEngine:
         inputs, outputs = self._graph_io
         if self._bucket is not None:
             flow, shapes = cache_flow(self._model.plan), self._model.cache_shapes()
-            dtype = outputs[0].dtype
+            dtype, rows = outputs[0].dtype, outputs[0].shape[0]  # "B" where a bundle takes a range
 
             def specs(prefix: str, names: list[str]) -> tuple[TensorSpec, ...]:
                 return tuple(
-                    TensorSpec(f"{prefix}{name}.{part}", dtype, shape)
+                    TensorSpec(f"{prefix}{name}.{part}", dtype, (rows, *shape[1:]))
                     for name in names
                     for part, shape in zip(_PARTS[len(shapes[name])], shapes[name], strict=True)
                 )

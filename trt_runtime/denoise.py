@@ -28,8 +28,16 @@ class _Context:
     caches: dict[str, Tensor]
     sample: Tensor
     runs: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)  # bucket, rows
+    # Inputs and sample of a number of rows: views are made once, so that no step makes any.
+    views: dict[int, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
     step: int = 0
     rows: int = 0  # of the run's calls, as its first call has them; before it, the most
+
+    def view(self, rows: int) -> tuple[dict[str, Tensor], Tensor]:
+        if rows not in self.views:
+            feeds = {name: buffer[:rows] for name, buffer in self.feeds.items()}
+            self.views[rows] = feeds, self.sample[:rows]
+        return self.views[rows]
 
     def poison(self) -> None:
         for cache in self.caches.values():
@@ -92,7 +100,7 @@ class DenoiseState:
         context = self._contexts.get(name) or self._open(name)
         for bucket in sorted(set(self.plan.schedule)):
             if (bucket, context.rows) not in context.runs:
-                self._bind(context, bucket)
+                self._bind(context, bucket, context.rows)
         if self.poison:
             context.poison()
 
@@ -157,15 +165,16 @@ class DenoiseState:
         if step == 0:
             context.rows = rows
         _check_rows(context, rows)
-        for key, buffer in context.feeds.items():
-            buffer[:rows].copy_(arguments[key])
+        feeds, sample = context.view(rows)
+        for key, buffer in feeds.items():
+            buffer.copy_(arguments[key])
         bucket = self._schedule[step]
-        run = context.runs.get((bucket, rows)) or self._bind(context, bucket)
+        run = context.runs.get((bucket, rows)) or self._bind(context, bucket, rows)
         self._clock.start()
         run()
         self._clock.stop(bucket)
         context.step = step + 1
-        return context.sample[:rows]
+        return sample
 
     def cache_bytes(self) -> int:
         """Bytes of all caches allocated so far, over all contexts."""
@@ -199,17 +208,16 @@ class DenoiseState:
         self._contexts[name] = context
         return context
 
-    def _bind(self, context: _Context, bucket: int) -> Callable[[], None]:
-        engine, rows = self._engines[bucket], context.rows
-        feeds = dict(context.feeds)
-        outputs = {"sample": context.sample}
+    def _bind(self, context: _Context, bucket: int, rows: int) -> Callable[[], None]:
+        engine = self._engines[bucket]
+        own, sample = context.view(rows)
+        feeds, outputs = dict(own), {"sample": sample}
         for spec in engine.inputs:
             if spec.name.startswith(CACHE_IN):
-                feeds[spec.name] = context.caches[spec.name.removeprefix(CACHE_IN)]
+                feeds[spec.name] = context.caches[spec.name.removeprefix(CACHE_IN)][:rows]
         for spec in engine.outputs:
             if spec.name.startswith(CACHE_OUT):
-                outputs[spec.name] = context.caches[spec.name.removeprefix(CACHE_OUT)]
-        feeds, outputs = ({n: t[:rows] for n, t in x.items()} for x in (feeds, outputs))
+                outputs[spec.name] = context.caches[spec.name.removeprefix(CACHE_OUT)][:rows]
         context.runs[bucket, rows] = run = engine.bind(feeds, outputs)
         return run
 

@@ -108,18 +108,28 @@ def test_every_graph_agrees_with_pytorch_at_both_ends(kind: str, ranged: Bundles
     assert max(row.max_abs for row in found) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("backend", "options"), [("onnxruntime", {}), ("torch-compile", {"compile": "none"})]
+)
 def test_runs_of_every_size_agree_with_pytorch(
-    kind: str, ranged: Bundles, prompts_without_encoders: None
+    kind: str,
+    backend: str,
+    options: dict[str, str],
+    ranged: Bundles,
+    prompts_without_encoders: None,
 ) -> None:
     """Larger, smaller and larger again, on the same buffers; no row of another run shows."""
-    pipes = [pipeline_of(ranged(kind)[0], backend=backend) for backend in ("onnxruntime", "torch")]
+    reference = pipeline_of(ranged(kind)[0], backend="torch")
+    ours = pipeline_of(ranged(kind)[0], backend=backend, **options)
     for pictures in (2, 1, 3, 1):
         seeds = list(range(pictures))
-        got, expected = ([p.latents for p in draw(x, PROMPTS[:pictures], seeds)] for x in pipes)
-        assert rows_run(pipes[0]) == pictures * RANGES[kind].min
+        got, expected = (
+            [p.latents for p in draw(x, PROMPTS[:pictures], seeds)] for x in (ours, reference)
+        )
+        assert rows_run(ours) == pictures * RANGES[kind].min
         assert len(got) == pictures
-        for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
 
 
 def test_the_dense_graph_takes_the_range_too(
@@ -300,7 +310,7 @@ def test_the_command_line(
     assert asked == []  # it is there
     assert "bucket 1" in capsys.readouterr().out
     assert main([*command, "--batch-range", "2", "2", "6"]) == 0
-    assert main([*command, "--batch", "6"]) == 0
+    assert main([*command, "--batch-range", "6", "6", "6"]) == 0
     assert main(command) == 0
     assert asked == [(2, 2, 6), 6, 2]
     with pytest.raises(SystemExit):
