@@ -331,7 +331,8 @@ def test_the_command_line(
 )
 def test_make_passes_the_rows_on(given: str, passed: str) -> None:
     done = subprocess.run(
-        ["make", "--dry-run", "--assume-new=pyproject.toml", "engine", f"BATCH={given}"],
+        ["make", "--no-print-directory", "--dry-run", "--assume-new=pyproject.toml", "engine",
+         f"BATCH={given}"],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
     )  # fmt: skip
     command = " ".join(done.stdout.replace("\\\n", " ").split())
