@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -323,20 +322,6 @@ def test_the_command_line(
     assert report["cache_bytes"] == sum(4 * 6 * _row_items(g.shape) for g in bundle.cache_groups)
     assert main(["inspect", str(folder)]) == 0
     assert "2 to 6 rows (tuned for 4, sizes at 6)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("given", "passed"),
-    [("", ""), ("4", "--batch 4"), ("2 2 8", "--batch-range 2 2 8")],
-)
-def test_make_passes_the_rows_on(given: str, passed: str) -> None:
-    done = subprocess.run(
-        ["make", "--no-print-directory", "--dry-run", "--assume-new=pyproject.toml", "engine",
-         f"BATCH={given}"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    command = " ".join(done.stdout.replace("\\\n", " ").split())
-    assert command.endswith(f"--verify --fallback {passed}".strip())
 
 
 def test_ranges_that_are_none_are_refused(ranged: Bundles, tmp_path: Path) -> None:
