@@ -13,10 +13,9 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from plans.bundle import GraphSpec, TensorSpec
-from plans.errors import ArrowheadError
 from plans.plan import Plan, cache_flow
 from plans.prepared import PreparedBucket
-from trt_runtime.engine import CACHE_IN, CACHE_OUT, check_buffers
+from trt_runtime.engine import CACHE_IN, CACHE_OUT, check_active, check_buffers, check_inactive
 from trt_runtime.torch_compiled import CompiledPlan, CompiledStock
 from trt_runtime.torch_engine import position_ids
 
@@ -96,13 +95,7 @@ class CompiledEngine:
         self._active = False
 
     def __enter__(self) -> Self:
-        if self._active:
-            raise ArrowheadError(
-                f"compiled engine of {self._name}",
-                got="a second activation",
-                expected="one `with` at a time",
-                fix="leave the first `with` block, or make another engine",
-            )
+        check_inactive(f"compiled engine of {self._name}", self._active)
         self._model.acquire()
         self._active = True
         self._declare_caches()
@@ -142,13 +135,7 @@ class CompiledEngine:
         self, feeds: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Callable[[], None]:
         """Check the buffers, then compile and capture the bucket on them, which runs it."""
-        if not self._active:
-            raise ArrowheadError(
-                f"compiled engine of {self._name}",
-                got="a call outside its `with` block",
-                expected="an active engine",
-                fix="use `with engine:` around it, or load the transformer anew",
-            )
+        check_active(f"compiled engine of {self._name}", self._active)
         check_buffers(self._name, self.inputs, feeds, self.device)
         check_buffers(self._name, self.outputs, outputs, self.device)
         buffers = {n.removeprefix(CACHE_IN): t for n, t in feeds.items()}

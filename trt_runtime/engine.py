@@ -66,6 +66,28 @@ def allocate(
     }
 
 
+def check_inactive(subject: str, active: bool) -> None:
+    """Refuse a second activation; every engine's `__enter__` begins so."""
+    if active:
+        raise ArrowheadError(
+            subject,
+            got="a second activation",
+            expected="one `with` at a time",
+            fix="leave the first `with` block, or make another engine",
+        )
+
+
+def check_active(subject: str, active: bool) -> None:
+    """Refuse a call of an engine that is not active."""
+    if not active:
+        raise ArrowheadError(
+            subject,
+            got="a call outside its `with` block",
+            expected="an active engine",
+            fix="use `with engine:` around it, or load the transformer anew",
+        )
+
+
 def check_buffers(
     graph: str,
     specs: Sequence[TensorSpec],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plans.bundle import Bundle, GraphSpec, WeightSpec
 from plans.errors import ArrowheadError
-from trt_runtime.engine import check_buffers
+from trt_runtime.engine import check_active, check_buffers, check_inactive
 from trt_runtime.onnxruntime_operators import operators_for, register_operators
 
 # TensorProto.DataType numbers: ONNX Runtime takes these where NumPy has no type (bfloat16).
@@ -134,13 +134,7 @@ class OnnxRuntimeEngine:
         self._session: Any = None
 
     def __enter__(self) -> Self:
-        if self._session is not None:
-            raise ArrowheadError(
-                f"engine {self._path.name}",
-                got="a second activation",
-                expected="one `with` at a time",
-                fix="leave the first `with` block, or make another engine",
-            )
+        check_inactive(f"engine {self._path.name}", self._session is not None)
         ort = runtime()
         providers = _providers(ort, self.settings.device)
         options = self._options(ort)
@@ -213,13 +207,7 @@ class OnnxRuntimeEngine:
         return seconds
 
     def _active(self) -> Any:
-        if self._session is None:
-            raise ArrowheadError(
-                f"engine {self._path.name}",
-                got="a call outside its `with` block",
-                expected="an active engine",
-                fix="use `with engine:` around it, or load the transformer anew",
-            )
+        check_active(f"engine {self._path.name}", self._session is not None)
         return self._session
 
 

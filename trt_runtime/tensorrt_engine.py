@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plans.bundle import Bundle, GraphSpec, WeightSpec
 from plans.errors import ArrowheadError
-from trt_runtime.engine import check_buffers
+from trt_runtime.engine import check_active, check_buffers, check_inactive
 from trt_runtime.tensorrt_library import TensorRT, last_error, load_plugins, tensorrt
 from trt_runtime.tensorrt_metadata import (
     EngineMetadata,
@@ -102,13 +102,7 @@ class TensorRTEngine:
         self._captured: dict[tuple[Any, ...], Callable[[], None]] = {}
 
     def __enter__(self) -> Self:
-        if self._context is not None:
-            raise ArrowheadError(
-                f"engine {self.path.name}",
-                got="a second activation",
-                expected="one `with` at a time",
-                fix="leave the first `with` block, or make another engine",
-            )
+        check_inactive(f"engine {self.path.name}", self._context is not None)
         trt, capability = tensorrt(), compute_capability(self.device)
         metadata = load_metadata(self.path)
         plugin = load_plugins() if metadata.plugin is not None else None
@@ -216,13 +210,7 @@ class TensorRTEngine:
         return enqueue, (addresses, *shapes.values())
 
     def _active(self) -> Any:
-        if self._engine is None:
-            raise ArrowheadError(
-                f"engine {self.path.name}",
-                got="a call outside its `with` block",
-                expected="an active engine",
-                fix="use `with engine:` around it, or load the transformer anew",
-            )
+        check_active(f"engine {self.path.name}", self._engine is not None)
         return self._engine
 
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from plans.bundle import GraphSpec
-from plans.errors import ArrowheadError
 from plans.plan import Plan
 from plans.processors import BucketHeads, install
-from trt_runtime.engine import CACHE_IN, CACHE_OUT, check_buffers
+from trt_runtime.engine import CACHE_IN, CACHE_OUT, check_active, check_buffers, check_inactive
 from trt_runtime.kernels import use_kernels
 
 
@@ -40,13 +39,7 @@ class TorchEngine:
         self._active = False
 
     def __enter__(self) -> Self:
-        if self._active:
-            raise ArrowheadError(
-                f"torch engine of {self._name}",
-                got="a second activation",
-                expected="one `with` at a time",
-                fix="leave the first `with` block, or make another engine",
-            )
+        check_inactive(f"torch engine of {self._name}", self._active)
         if self._bucket is not None:
             use_kernels(self.device, next(self.transformer.parameters()).dtype)
             self._heads = BucketHeads(self._plan, self._bucket, self.device)
@@ -66,13 +59,7 @@ class TorchEngine:
     def bind(
         self, feeds: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Callable[[], None]:
-        if not self._active:
-            raise ArrowheadError(
-                f"torch engine of {self._name}",
-                got="a call outside its `with` block",
-                expected="an active engine",
-                fix="use `with engine:` around it, or load the transformer anew",
-            )
+        check_active(f"torch engine of {self._name}", self._active)
         check_buffers(self._name, self.inputs, feeds, self.device)
         check_buffers(self._name, self.outputs, outputs, self.device)
         arguments = {n: t for n, t in feeds.items() if not n.startswith(CACHE_IN)}
