@@ -38,16 +38,15 @@ def measure_attention(
     launches: int,
     rounds: int,
     progress: Callable[[str, int, int], None] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Time the mixes of some CASES; raise ArrowheadError without a GPU or the kernel library."""
+    """Time the mixes of some CASES; raise ArrowheadError without a GPU or the kernel library.
+
+    keep: given the report so far after every case.
+    """
     require_gpu("bench attention")
     rows: list[Row] = []
-    for i, name in enumerate(cases):
-        if progress is not None:
-            progress(name, i, len(cases))
-        rows += bench_case(name, implementations, launches, rounds)
-        torch.cuda.empty_cache()
-    return {
+    report = {
         "device": device_name("cuda"),
         "dtype": "bfloat16",
         "launches": launches,
@@ -57,6 +56,14 @@ def measure_attention(
         "git_commit": git_commit(),
         "rows": rows,
     }
+    for i, name in enumerate(cases):
+        if progress is not None:
+            progress(name, i, len(cases))
+        rows += bench_case(name, implementations, launches, rounds)
+        if keep is not None:
+            keep(report)
+        torch.cuda.empty_cache()
+    return report
 
 
 def require_gpu(what: str) -> None:
@@ -126,7 +133,8 @@ class Problem:
         n = layout.seq_len
         mask = create_block_mask(visible, None, len(modes), n, n, device="cuda", _compile=True)
         q, k, v = (x[:, :, : len(modes)].transpose(1, 2) for x in (self.q, self.k, self.v))
-        compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+        # One graph a shape, or an error: what it falls back to has all scores in memory.
+        compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         return partial(compiled, q, k, v, block_mask=mask, scale=self.scale)
 
     def runners(self, mix: Mix, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
@@ -181,6 +189,7 @@ def time_rounds(
 
 def bench_case(name: str, implementations: Sequence[str], launches: int, rounds: int) -> list[Row]:
     """Time all mixes of a case in one rotation: medians, TFLOP/s on the pairs each mix keeps."""
+    torch._dynamo.reset()  # it keeps a limited number of FlexAttention's shapes
     case = CASES[name]
     problem = Problem(case)
     entries = [

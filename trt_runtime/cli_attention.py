@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from trt_runtime.attention_cases import BASELINES, CASES, KERNELS
 from trt_runtime.cli_common import (
@@ -109,6 +110,10 @@ def attention(arguments: argparse.Namespace) -> int:
         return _price(arguments)
     from trt_runtime.bench_attention import HEADER, draw_roofline, measure_attention, table
 
+    def keep(report: dict[str, Any]) -> None:
+        if arguments.json and arguments.json != "-":
+            write_json(report, arguments.json)
+
     with progress_bar() as progress:
         report = measure_attention(
             arguments.case,
@@ -116,8 +121,9 @@ def attention(arguments: argparse.Namespace) -> int:
             launches=arguments.launches,
             rounds=arguments.rounds,
             progress=progress,
+            keep=keep,
         )
-    if arguments.json:
+    if arguments.json == "-":
         write_json(report, arguments.json)
     if arguments.plot:
         make_parent(arguments.plot)

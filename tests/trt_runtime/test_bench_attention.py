@@ -66,6 +66,22 @@ def test_without_a_gpu_or_the_library_it_says_so(
         measure_attention(["flux-2k"], ["arrowhead"], launches=10, rounds=1)
 
 
+def test_finished_cases_outlive_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def bench_case(name: str, *_: Any) -> list[dict[str, Any]]:
+        if name == "sd3-2k":
+            raise RuntimeError("out of memory")
+        return ROWS
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_attention, "load_library", lambda: None)
+    monkeypatch.setattr(bench_attention, "device_name", lambda _: "a card")
+    monkeypatch.setattr(bench_attention, "bench_case", bench_case)
+    target = tmp_path / "attention.json"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["bench", "attention", "--case", "flux-2k", "sd3-2k", "--json", str(target)])
+    assert json.loads(target.read_text())["rows"] == ROWS
+
+
 def test_the_report_says_where_it_ran(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
