@@ -168,8 +168,8 @@ class CompiledTransformer:
         kept = (bucket, inputs, sample)  # a graph knows addresses alone
 
         def run() -> None:
-            if kept:
-                graph.replay()
+            kept[0].check()
+            graph.replay()
 
         return run
 

@@ -128,6 +128,7 @@ def test_on_mismatch_dense_runs_every_head_in_full(kind: str) -> None:
 
 def test_two_plans_share_one_transformer(kind: str) -> None:
     model = tiny_model(kind)
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
     plans = [tiny.random_plan(model, seed) for seed in (0, 1)]
     pipe = tiny_pipeline(model)
     batch = 2 if kind == "sd3" else 1
@@ -147,8 +148,11 @@ def test_two_plans_share_one_transformer(kind: str) -> None:
         assert {w.data_ptr() for w in model.parameters()} == own
         used = {w.data_ptr() for w in compiled._weights}
         assert own <= used
-        assert 0 < compiled.prepared.weight_bytes() < sum(w.nbytes for w in model.parameters())
+        copied = compiled.prepared.weight_bytes()
+        assert copied < sum(w.nbytes for w in model.parameters())
+        assert (copied == 0) == (proxy is both[0])  # heads lie in the order of the first plan
         proxy.close()
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
 
 
 def test_close_gives_the_memory_back(kind: str) -> None:
