@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def hold_order(
     if moved is None or not moved.users:
         moved = _MovedHeads({name: tuple(range(len(order))) for name, order in wanted.items()})
         shared = _overlapping(transformer)
+        _settle(transformer.parameters())
         try:
             for name, order in wanted.items():
                 if order != moved.orders[name] and _is_movable(layers[name], shared):
@@ -75,6 +76,7 @@ def hold_order(
         except BaseException:
             moved.put_back()
             raise
+        _settle(transformer.parameters())
         _MOVED[transformer] = moved
     return HeldOrder(moved)
 
@@ -130,15 +132,25 @@ class _MovedHeads:
 
     def put_back(self) -> None:
         """Undo what was done, the last first."""
+        parameters = [part.parameter for part in self._parts]
+        _settle(parameters)
         written = 0
         while self._parts:
             written += not self._parts.pop().put_back()
+        _settle(parameters)
         if written:
             warnings.warn(
                 f"{written} attention weights were written while a compiled plan held them, and "
                 "are left as they are: change weights before a plan is attached",
                 stacklevel=2,
             )
+
+
+def _settle(parameters: Iterable[Tensor]) -> None:
+    """Wait for the GPUs: steps on other streams must be over, and see all weights moved."""
+    for device in {parameter.device for parameter in parameters}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _gather(parameter: Tensor, dim: int, order: Order, head_dim: int) -> None:

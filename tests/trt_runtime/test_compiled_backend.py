@@ -201,6 +201,17 @@ def test_engines_declare_and_check_caches_of_their_own(kind: str) -> None:
         engine.bind(feeds, outputs)
 
 
+def test_an_engine_that_fails_to_start_puts_the_weights_back(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(kind)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    monkeypatch.setattr(CompiledModel, "cache_shapes", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_transformer(plan=tiny.random_plan(model), transformer=model, **UNCOMPILED)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
 def test_a_bundle_folder_and_its_dense_graph(
     kind: str, torch_bundle: Callable[[str], Made], fresh_compiler: None
 ) -> None:
