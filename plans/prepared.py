@@ -89,14 +89,15 @@ class PreparedPlan:
     are an input: `use` puts a bucket's modes there, and one graph serves the whole plan.
     fuse_gelu: GELU as the epilogue of the projection before it.
     own_caches: make caches and buckets over them. If not, `bucket` makes one over the caller's.
-    Until `drop` the transformer's heads lie in another order, so its own samples may differ by
-    rounding, and its weights must not be changed.
+    move_heads: put heads of a bucket side by side in the transformer's own weights. If not, buckets
+    copy theirs. Until `drop` puts heads back, the transformer's own samples may differ by rounding,
+    and its weights must not be changed.
     Raises ArrowheadError, naming the module, for a transformer that is not a stock SD3 or FLUX one.
     """
 
     def __init__(
         self, transformer: nn.Module, plan: Plan, *, batch: int, prune: bool = True,
-        fuse_gelu: bool = True, own_caches: bool = True,
+        fuse_gelu: bool = True, own_caches: bool = True, move_heads: bool = True,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.prune = prune
@@ -113,7 +114,7 @@ class PreparedPlan:
         self._tasks: dict[str, list[Tensor]] = {}
         self.caches: dict[str, tuple[Tensor, ...]] = {}
         self.buckets: list[PreparedBucket] = []
-        self._order = self._hold_order(transformer)
+        self._order = self._hold_order(transformer, move_heads and prune)
         # Heads are counted by their places from here on.
         self._placed = plan_by_places(plan, self._order.orders)
         self._flow = flow_by_places(plan, self._order.orders)
@@ -125,14 +126,16 @@ class PreparedPlan:
             self.drop()
             raise
 
-    def _hold_order(self, transformer: nn.Module) -> HeldOrder:
-        own = {module.name: tuple(range(module.heads)) for module in self.plan.modules}
+    def _hold_order(self, transformer: nn.Module, move: bool) -> HeldOrder:
+        wanted = {module.name: tuple(range(module.heads)) for module in self.plan.modules}
+        if move:
+            wanted = head_orders(self.plan)
         layers = {}
         for module in self.plan.modules:
             rows = [layer for layers in self._inputs(module) for layer in layers]
             columns = [layer for layer in self._outputs(module) if layer is not None]
             layers[module.name] = HeadLayers(module.head_dim, tuple(rows), tuple(columns))
-        return hold_order(transformer, layers, head_orders(self.plan) if self.prune else own)
+        return hold_order(transformer, layers, wanted)
 
     def bucket(self, index: int, caches: Mapping[str, tuple[Tensor, ...]]) -> PreparedBucket:
         """Make one bucket over these caches; all that are made share the weights.

@@ -87,7 +87,8 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         default=["torch-compile"],
         metavar="NAME",
         help="how the plan is run: torch, torch-compile (default), torch-compile-whole, "
-        "-unpruned (one graph whose modes are an input), -plain-gelu, -no-graph",
+        "-unpruned (one graph whose modes are an input), -copies (of each bucket's weights), "
+        "-plain-gelu, -no-graph",
     )
     group.add_argument(
         "--baseline",

@@ -75,6 +75,15 @@ def test_three_buckets_copy_no_weights(kind: str) -> None:
         held.drop()
 
 
+def test_without_moving_heads_weights_stay_and_buckets_copy(kind: str) -> None:
+    model = MODELS[kind]()
+    plan, before = scattered(model), copies(model)
+    expected = by_processors_of(model, plan)
+    held = PreparedPlan(model, plan, batch=2, move_heads=False)
+    assert not changed(model, before) and not orders_of(model) and held.weight_bytes() > 0
+    assert_steps(model, plan, held, expected)
+
+
 def test_what_is_no_run_is_copied_and_counted() -> None:
     model = tiny.tiny_flux(num_attention_heads=6)
     spec = tiny.spec_of(model)
