@@ -39,11 +39,14 @@ class HeadLayers:
 class HeldOrder:
     """One user's hold on the order of a transformer's heads: `orders`, by module.
 
-    The last one to release it, or to be forgotten, has the weights put back bit for bit.
+    The last one to release it has the weights put back bit for bit. A hold that is forgotten
+    writes nothing, since it may be collected in the midst of another's step, trace or capture:
+    heads then stay as they are, which computes the same, until the next hold.
     """
 
     def __init__(self, moved: _MovedHeads) -> None:
         self.orders = moved.orders
+        self._moved = moved
         moved.users += 1
         self._leave = weakref.finalize(self, moved.leave)
         self._leave.atexit = False
@@ -53,7 +56,8 @@ class HeldOrder:
         return not self._leave.alive
 
     def release(self) -> None:
-        self._leave()
+        if self._leave() and not self._moved.users:
+            self._moved.put_back()
 
 
 def hold_order(
@@ -65,7 +69,10 @@ def hold_order(
     of other parameters too (tied), keep their order. One weight is copied at a time.
     """
     moved = _MOVED.get(transformer)
-    if moved is None or not moved.users:
+    if moved is not None and not moved.users:
+        moved.put_back()  # what a forgotten hold left
+        moved = None
+    if moved is None:
         moved = _MovedHeads({name: tuple(range(len(order))) for name, order in wanted.items()})
         shared = _overlapping(transformer)
         _settle(transformer.parameters())
@@ -84,9 +91,8 @@ def hold_order(
 def orders_of(transformer: nn.Module) -> Mapping[str, Order]:
     """Give the order of heads of the modules in which it is not their own."""
     moved = _MOVED.get(transformer)
-    if moved is None or not moved.users:
-        return {}
-    return {name: o for name, o in moved.orders.items() if o != tuple(range(len(o)))}
+    orders = {} if moved is None else moved.orders
+    return {name: order for name, order in orders.items() if order != tuple(range(len(order)))}
 
 
 @dataclass
@@ -125,13 +131,13 @@ class _MovedHeads:
             self._parts.append(_Part(layer, parameter, dim, layers.head_dim, back, weight, version))
         self.orders[name] = order
 
-    def leave(self) -> None:
+    def leave(self) -> bool:
         self.users -= 1
-        if not self.users:
-            self.put_back()
+        return True
 
     def put_back(self) -> None:
         """Undo what was done, the last first."""
+        self.orders = {}
         parameters = [part.parameter for part in self._parts]
         _settle(parameters)
         written = 0

@@ -174,19 +174,25 @@ def test_a_failure_while_it_is_made_leaves_no_trace(
     assert not changed(model, before) and not orders_of(model)
 
 
-def test_a_forgotten_plan_is_put_back_after_its_last_bucket() -> None:
+def test_what_a_forgotten_plan_left_is_put_back_by_the_next() -> None:
     model = MODELS["flux"]()
-    before = copies(model)
+    before, sample = copies(model), sample_of(model)
     held = PreparedPlan(model, scattered(model), batch=2)
     bucket = held.buckets[1]
+    moved = copies(model)
     del held
     gc.collect()
-    assert changed(model, before)
+    second = PreparedPlan(model, tiny.random_plan(model, seed=1), batch=2)
+    assert not changed(model, moved)  # the bucket counts on it
     with bucket.installed():
         pass
-    del bucket
-    gc.collect()
-    assert not changed(model, before)
+    second.drop()
+    del bucket, second
+    gc.collect()  # writes no weights, from wherever it is called
+    assert not changed(model, moved) and orders_of(model)
+    torch.testing.assert_close(sample_of(model), sample, atol=2e-6, rtol=1e-5)
+    PreparedPlan(model, scattered(model), batch=2).drop()
+    assert not changed(model, before) and not orders_of(model)
 
 
 def test_a_bucket_of_a_dropped_plan_is_refused() -> None:
