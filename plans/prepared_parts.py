@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plans import ops
+from plans.head_order import is_run
 
 QKV = ("to_q", "to_k", "to_v")
 TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -181,22 +182,14 @@ class PreparedAttention:
 
 def rows_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int) -> Linear:
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    if len(heads) * head_dim == layer.out_features:
-        return Linear(weight, bias)
     index = _channels(heads, head_dim, weight.device)
     return Linear(weight[index], None if bias is None else bias[index])
 
 
 def columns_of(layer: nn.Linear, heads: tuple[int, ...], head_dim: int, *, bias: bool) -> Linear:
-    """Take the input channels of `heads`; they come first in FLUX's projection of both.
-
-    All heads are left where they lie. Some are a copy even if they are neighbours: with the same
-    strides in every module one compiled graph fits all.
-    """
-    weight = layer.weight.detach()
+    """Take the input channels of `heads`; they come first in FLUX's projection of both."""
     own = layer.bias.detach() if bias and layer.bias is not None else None
-    if len(heads) * head_dim == layer.out_features:  # as many channels come in as go out
-        return Linear(weight[:, : len(heads) * head_dim], own)
+    weight = layer.weight.detach()
     return Linear(weight[:, _channels(heads, head_dim, weight.device)], own)
 
 
@@ -224,11 +217,15 @@ class Pieces:
     def copied_bytes(self) -> int:
         """Bytes of the pieces that are not the layer's own memory."""
         return sum(
-            piece.weight.nbytes
+            part.nbytes
             for layer, piece in self._taken.values()
-            if piece.weight.untyped_storage().data_ptr()
-            != layer.weight.untyped_storage().data_ptr()
+            for part, whole in ((piece.weight, layer.weight), (piece.bias, layer.bias))
+            if part is not None and _memory(part) != _memory(whole)
         )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def rest_of(layer: nn.Linear, width: int) -> Linear:
@@ -236,9 +233,13 @@ def rest_of(layer: nn.Linear, width: int) -> Linear:
     return Linear(layer.weight.detach()[:, width:], layer.bias.detach())
 
 
-def _channels(heads: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:
-    first = torch.tensor(heads, dtype=torch.long, device=device)[:, None] * head_dim
-    return (first + torch.arange(head_dim, device=device)).flatten()
+def _channels(heads: tuple[int, ...], head_dim: int, device: torch.device) -> slice | Tensor:
+    """Index the channels of heads: a slice, which copies nothing, where they are one run."""
+    if not heads or is_run(heads):
+        first = heads[0] if heads else 0
+        return slice(first * head_dim, (first + len(heads)) * head_dim)
+    start = torch.tensor(heads, dtype=torch.long, device=device)[:, None] * head_dim
+    return (start + torch.arange(head_dim, device=device)).flatten()
 
 
 def _normalise(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from plans import ops
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule
 from plans.plan import CacheFlow, CacheGroup, Plan, cache_flow
+from plans.reordered import orders_of
 from plans.stock import check_stock
 from plans.tiles import CACHED
 
@@ -38,12 +39,16 @@ class HeadwiseProcessor:
     """Diffusers attention processor for SD3's Attention and for FluxAttention.
 
     Raises ArrowheadError for inputs it has no meaning for: masks, IP-adapter embeddings, other
-    token counts than the plan's.
+    token counts than the plan's. order: where the module's heads lie, if a compiled plan of the
+    same transformer has moved them; strategies count them as ever.
     """
 
-    def __init__(self, module: AttentionModule, strategy: HeadStrategy) -> None:
+    def __init__(
+        self, module: AttentionModule, strategy: HeadStrategy, order: Sequence[int] | None = None
+    ) -> None:
         self.module = module
         self.strategy = strategy
+        self._order = order
 
     def __call__(
         self,
@@ -68,11 +73,15 @@ class HeadwiseProcessor:
         heads = self.strategy.computed_heads(self.module)
         q = k = v = None
         if heads:
-            q, k, v = self._qkv(attn, hidden_states, encoder_hidden_states, heads)
+            order = self._order
+            places = heads if order is None else tuple(order.index(head) for head in heads)
+            q, k, v = self._qkv(attn, hidden_states, encoder_hidden_states, places)
             if image_rotary_emb is not None:
                 q, k = _rotate(q, image_rotary_emb), _rotate(k, image_rotary_emb)
-        merged = self.strategy.attend(self.module, q, k, v).flatten(2, 3)
-        merged = merged.to(hidden_states.dtype)
+        merged = self.strategy.attend(self.module, q, k, v)
+        if self._order is not None:
+            merged = merged[:, :, list(self._order)]
+        merged = merged.flatten(2, 3).to(hidden_states.dtype)
         return self._project_out(attn, merged, encoder_hidden_states is not None)
 
     def _qkv(
@@ -239,10 +248,10 @@ def install(
     IP-adapters, quantised projections.
     """
     found = check_stock(transformer, modules)
-    by_name = {module.name: module for module in modules}
+    by_name, orders = {module.name: module for module in modules}, orders_of(transformer)
     before = {name: attn.processor for name, attn in found.items()}
     for name, attn in found.items():
-        attn.set_processor(HeadwiseProcessor(by_name[name], strategy))
+        attn.set_processor(HeadwiseProcessor(by_name[name], strategy, orders.get(name)))
 
     def undo() -> None:
         for name, processor in before.items():
@@ -253,7 +262,7 @@ def install(
 
 def _project(layer: nn.Linear, x: Tensor, heads: tuple[int, ...], head_dim: int) -> Tensor:
     """Project onto the rows of `heads` only: [B, S, C] -> [B, S, h, D]."""
-    if len(heads) * head_dim == layer.out_features:
+    if heads == tuple(range(layer.out_features // head_dim)):
         return layer(x).unflatten(-1, (-1, head_dim))
     weight = _rows(layer.weight, heads, head_dim)
     bias = None if layer.bias is None else _rows(layer.bias, heads, head_dim)

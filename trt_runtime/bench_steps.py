@@ -23,6 +23,7 @@ from plans.synthetic import Mix, synthetic_plan
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.picture_parts import measure_parts, picture_ms
 from trt_runtime.random_models import random_inputs, random_transformer
+from trt_runtime.step_memory import used_bytes, weight_bytes, weights_of_buckets
 from trt_runtime.step_profile import step_classes
 from trt_runtime.step_runners import (
     BACKENDS,
@@ -41,6 +42,12 @@ DENSE = "dense"
 _WARMUP = 2
 
 Row = dict[str, Any]
+Mixes = tuple[Mix, ...]  # of the buckets after the first, which is full; none: every step is full
+
+
+def code_of(mixes: Mixes) -> str:
+    """The mixes as the command takes them."""
+    return "+".join(mix.code for mix in mixes) or DENSE
 
 
 class Workbench:
@@ -52,12 +59,14 @@ class Workbench:
         self.architecture, self.settings, self.log = architecture, settings, log
         self.failures: list[dict[str, str]] = []
         self.parts = self._measure_parts()  # before the transformer is there: they need memory too
-        self._any_plan = self.plan(None)
+        self._any_plan = self.plan(())
+        self.on_gpu = settings.device.startswith("cuda")
         where: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
+        before = used_bytes(self.on_gpu)
         self.model = random_transformer(architecture, **where)
+        self._weights = weight_bytes(self.model), used_bytes(self.on_gpu) - before
         self.inputs = random_inputs(architecture, self._any_plan, **where)
         self._stock: dict[int, Callable[..., Any]] = {}
-        self.on_gpu = settings.device.startswith("cuda")
         self.baselines: list[Runner] = []
         for name in settings.baselines:
             with self.noting(name):
@@ -93,75 +102,93 @@ class Workbench:
             )
             row["picture_ms"] = picture_ms(self.parts, self.settings.parts, steps_ms)
 
-    def plan(self, mix: Mix | None) -> Plan:
-        """Step 0 full, the others the mix; without one every step is full."""
+    def plan(self, mixes: Mixes) -> Plan:
+        """Step 0 full, then the mixes, in equal shares; without any every step is full."""
         spec_heads = self.architecture.config["num_attention_heads"]
         settings = self.settings
         plan = synthetic_plan(
-            self.architecture, [mix or Mix(spec_heads, 0, 0, 0)], height=settings.height,
+            self.architecture, mixes or (Mix(spec_heads, 0, 0, 0),), height=settings.height,
             width=settings.width, block=settings.block,
         )  # fmt: skip
-        return plan if mix is not None else dense_plan(plan)
+        return plan if mixes else dense_plan(plan)
 
     @property
     def steps(self) -> int:
         """Steps of a picture."""
         return self._any_plan.steps
 
-    def row(self, backend: str, mix: Mix | None) -> Row:
-        """Measure one backend under one mix, the baselines beside it."""
+    def row(self, backend: str, mixes: Mixes) -> Row:
+        """Measure one backend under one plan, the baselines beside it."""
+        before = used_bytes(self.on_gpu)
         compiled = CompiledPlan(
-            self.model, self.plan(mix), batch=self.architecture.rows, **BACKENDS[backend]
+            self.model, self.plan(mixes), batch=self.architecture.rows, **BACKENDS[backend]
         )
         try:
+            prepared = used_bytes(self.on_gpu) - before
             for parts in compiled.prepared.caches.values():
                 for part in parts:
                     part.normal_()
-            return self._row(backend, mix, compiled)
+            row = self._row(backend, mixes, compiled) | weights_of_buckets(
+                *self._weights, compiled.prepared.weight_bytes(),
+                compiled.prepared.cache_bytes(), prepared,
+            )  # fmt: skip
+            return row | {"running_device_bytes": used_bytes(self.on_gpu) - before}
         finally:
             compiled.close()
             del compiled
             if self.on_gpu:
                 torch.cuda.empty_cache()
 
-    def _row(self, backend: str, mix: Mix | None, compiled: CompiledPlan) -> Row:
-        settings = self.settings
-        bucket = 0 if mix is None else 1
-        ours = self._prepare(self._planned(backend, compiled, bucket))
-        runners = [*self._beside, ours]
+    def _row(self, backend: str, mixes: Mixes, compiled: CompiledPlan) -> Row:
+        settings, count = self.settings, len(self._beside)
+        buckets = range(1, 1 + len(mixes)) if mixes else range(1)
+        steps = [compiled.plan.schedule[1:].count(bucket) for bucket in buckets]
+        ours = [
+            self._prepare(self._planned(
+                backend if len(buckets) == 1 else f"{backend}, bucket {bucket}", compiled, bucket
+            ))
+            for bucket in buckets
+        ]  # fmt: skip
+        runners = [*self._beside, *ours]
         full = None
-        if mix is not None and settings.full_step and backend not in self._full_ms:
+        if mixes and settings.full_step and backend not in self._full_ms:
             full = self._prepare(self._planned(f"{backend}, full step", compiled, 0))
             runners.append(full)
         times = time_rounds([r.run for r in runners], settings, self.on_gpu)
         medians = {r.name: statistics.median(t) for r, t in zip(runners, times, strict=True)}
+        own = times[count : count + len(ours)]
+        samples = [statistics.fmean(each, steps) for each in zip(*own, strict=True)]
+        ms = statistics.median(samples)  # a step after the first: buckets by their share of them
         if full is not None:
             self._full_ms[backend] = medians[full.name]
-        elif mix is None:
-            self._full_ms.setdefault(backend, medians[backend])
-        row = self._describe(backend, mix, compiled) | {
-            "ms": medians[backend],
-            "samples_ms": times[len(self._beside)],
+        elif not mixes:
+            self._full_ms.setdefault(backend, ms)
+        row = self._describe(backend, mixes, compiled) | {
+            "ms": ms,
+            "samples_ms": samples,
+            "buckets_ms": [medians[runner.name] for runner in ours],
             "baselines_ms": self._baseline_ms | {r.name: medians[r.name] for r in self._beside},
             "full_step_ms": self._full_ms.get(backend),
-            "prepare_seconds": ours.prepare_seconds,
-            "host_ms": ours.host_ms,
-            "peak_bytes": ours.peak_bytes,
-            "finite": ours.finite,
+            "prepare_seconds": sum(runner.prepare_seconds for runner in ours),
+            "host_ms": max(runner.host_ms for runner in ours),
+            "peak_bytes": max(runner.peak_bytes for runner in ours),
+            "finite": all(runner.finite for runner in ours),
         }
         row["picture_seconds"] = {
             str(n): seconds_of_picture(n, row["ms"], row["full_step_ms"]) for n in PICTURE_STEPS
         }
-        if settings.loop and mix is not None:
+        if settings.loop and mixes:
             row["loop_seconds"] = self._loop(compiled)
         self._picture(row)
-        self._profile(ours, row)
+        self._profile(ours[0], row)  # of several buckets the first
         return row
 
     def _profile(self, runner: Runner, row: Row) -> None:
         if self.settings.profile:
             with self.noting(f"profile of {runner.name}"):
-                row["classes_ms"] = step_classes(runner.uncaptured, self.architecture, row["ms"])
+                row["classes_ms"] = step_classes(
+                    runner.uncaptured, self.architecture, row.get("buckets_ms", [row["ms"]])[0]
+                )
 
     def baseline_rows(self) -> list[Row]:
         """What only the baselines have: memory, preparation, and where their time goes."""
@@ -169,7 +196,7 @@ class Workbench:
         times = time_rounds([r.run for r in self.baselines], self.settings, self.on_gpu)
         for runner, samples in zip(self.baselines, times, strict=True):
             self._baseline_ms[runner.name] = statistics.median(samples)
-            row: Row = self._describe(runner.name, None, None) | {
+            row: Row = self._describe(runner.name, (), None) | {
                 "ms": self._baseline_ms[runner.name],
                 "samples_ms": samples,
                 "prepare_seconds": runner.prepare_seconds,
@@ -183,7 +210,7 @@ class Workbench:
             rows.append(row)
         return rows
 
-    def _describe(self, backend: str, mix: Mix | None, compiled: CompiledPlan | None) -> Row:
+    def _describe(self, backend: str, mixes: Mixes, compiled: CompiledPlan | None) -> Row:
         layout = self._any_plan.modules[0].layout
         return {
             "architecture": self.architecture.name,
@@ -191,10 +218,10 @@ class Workbench:
             "width": self.settings.width,
             "rows": self.architecture.rows,
             "backend": backend,
-            "mix": DENSE if mix is None else mix.code,
-            "share_saved": 0.0 if mix is None else mix.share_saved(layout),
+            "mix": code_of(mixes),
+            "share_saved": statistics.fmean([mix.share_saved(layout) for mix in mixes] or [0.0]),
             "cache_bytes": 0 if compiled is None else compiled.prepared.cache_bytes(),
-            "copied_weight_bytes": 0 if compiled is None else compiled.prepared.weight_bytes(),
+            "weight_bytes": self._weights[0],
             "attention": "PyTorch" if compiled is None else compiled.attention,
         }
 
@@ -277,13 +304,13 @@ class Workbench:
 
 def measure_steps(
     architecture: Architecture,
-    rows: Sequence[tuple[str, Mix | None]],
+    rows: Sequence[tuple[str, Mixes]],
     settings: Settings,
     *,
     log: Callable[[str], None] = lambda line: None,
     row_done: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """Measure rows of a backend and a mix (None: all full) in the order given.
+    """Measure rows of a backend and a plan's mixes (none: all full) in the order given.
 
     row_done gets the report after each row, so that a run that is cut off leaves what it has. A
     row that fails says so in the report, and the next one runs.
@@ -308,10 +335,10 @@ def measure_steps(
         "failures": bench.failures,
     }
     row_done(report)
-    for backend, mix in rows:
-        what = f"{backend}, {DENSE if mix is None else mix.code}"
+    for backend, mixes in rows:
+        what = f"{backend}, {code_of(mixes)}"
         with bench.noting(what):
-            report["rows"].append(bench.row(backend, mix))
+            report["rows"].append(bench.row(backend, mixes))
             log(f"{what}: {report['rows'][-1]['ms']:.1f} ms")
         row_done(report)
     return report

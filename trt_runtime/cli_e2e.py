@@ -43,7 +43,8 @@ def add_e2e(actions: Verbs) -> None:
         "  arrowhead bench e2e --architecture flux.1-dev --height 2048 --width 2048 \\\n"
         "      --mix 6/12x4/6 8/0/16 dense --baseline eager torch.compile --json flux.json\n"
         "  arrowhead bench e2e --architecture sd3-medium --cut 0.3 0.5 0.68 --profile \\\n"
-        "      --plot sd3.png",
+        "      --plot sd3.png\n"
+        "  arrowhead bench e2e --architecture flux.1-dev --mix 6/12x4/6+8/10x4/6 --loop",
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     add_prompts(parser)
@@ -74,7 +75,8 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="F/A/C",
         help="heads full/arrow/cached in every module, as 6/12x4/6 (half windows of 4 blocks; "
-        "V / 32 tokens by default), or dense; 6/12x4/6:torch takes that variant alone",
+        "V / 32 tokens by default), or dense; joined by + they are buckets of one plan; "
+        "6/12x4/6:torch takes that variant alone",
     )
     group.add_argument(
         "--cut", nargs="+", type=float, default=[], metavar="X", help="mixes by attention saved"
@@ -85,7 +87,8 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         default=["torch-compile"],
         metavar="NAME",
         help="how the plan is run: torch, torch-compile (default), torch-compile-whole, "
-        "-unpruned (one graph whose modes are an input), -plain-gelu, -no-graph",
+        "-unpruned (one graph whose modes are an input), -copies (of each bucket's weights), "
+        "-plain-gelu, -no-graph",
     )
     group.add_argument(
         "--baseline",
@@ -176,20 +179,21 @@ def _steps(arguments: argparse.Namespace) -> int:
 
 def _rows(
     architecture: Architecture, arguments: argparse.Namespace
-) -> list[tuple[str, Mix | None]]:
-    """Give (variant, mix) of every row, in the order of the arguments."""
+) -> list[tuple[str, tuple[Mix, ...]]]:
+    """Give (variant, mixes) of every row, in the order of the arguments."""
     from trt_runtime.step_runners import BACKENDS, BASELINES
 
     spec = architecture.spec(arguments.height, arguments.width, arguments.block)
     layout, heads = spec.modules[0].layout, spec.modules[0].heads
-    mixes: list[tuple[list[str], Mix | None]] = []
+    plans: list[tuple[list[str], tuple[Mix, ...]]] = []
     for text in arguments.mix:
-        mix, _, variant = text.partition(":")
+        joined, _, variant = text.partition(":")
+        mixes = [] if joined == DENSE else joined.split("+")
         variants = [variant] if variant else arguments.variant
-        mixes.append((variants, None if mix == DENSE else parse_mix(mix, layout, heads)))
-    cuts = arguments.cut or ([] if mixes else [0.68])
-    mixes += [(arguments.variant, mix_of_cut(cut, layout, heads)) for cut in cuts]
-    rows = [(variant, mix) for variants, mix in mixes for variant in variants]
+        plans.append((variants, tuple(parse_mix(mix, layout, heads) for mix in mixes)))
+    cuts = arguments.cut or ([] if plans else [0.68])
+    plans += [(arguments.variant, (mix_of_cut(cut, layout, heads),)) for cut in cuts]
+    rows = [(variant, mixes) for variants, mixes in plans for variant in variants]
     _check_names("--variant", [variant for variant, _ in rows], tuple(BACKENDS))
     _check_names("--baseline", arguments.baseline, BASELINES)
     return rows
@@ -222,6 +226,8 @@ def show_steps(report: dict[str, Any]) -> None:
          "picture", "host ms", "peak", "caches", "ready, s", *(f"x {name}" for name in names)),
         rows,
     )  # fmt: skip
+    if report["rows"]:
+        _show_weights(report["rows"])
     if report.get("parts"):
         _show_parts(report["parts"])
     for failure in report["failures"]:
@@ -248,6 +254,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _picture_cell(row: dict[str, Any]) -> str:
     ms = row.get("picture_ms")
     return "" if ms is None else f"{ms['total'] / 1000:.2f}"
+
+
+def _show_weights(rows: Sequence[dict[str, Any]]) -> None:
+    cells = []
+    for row in rows:
+        measured = row["measured_weights_ratio"]
+        texts = (bytes_text(row[name]) for name in ("weight_bytes", "copied_weight_bytes"))
+        told = "" if measured is None else f"{measured:.3f}x"
+        cells.append((row["backend"], row["mix"], *texts, f"{row['weights_ratio']:.3f}x", told))
+    columns = ("runs on", "heads", "weights", "copied for buckets", "in all", "on the device")
+    show_table("weights of all buckets, counted and by the device's own account", columns, cells)
 
 
 def _show_parts(parts: dict[str, Any]) -> None:

@@ -98,8 +98,12 @@ class CompiledEngine:
         check_inactive(f"compiled engine of {self._name}", self._active)
         self._model.acquire()
         self._active = True
-        self._declare_caches()
-        self._constants = position_ids(self._model.plan, self.device)
+        try:
+            self._declare_caches()
+            self._constants = position_ids(self._model.plan, self.device)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def _declare_caches(self) -> None:

@@ -23,6 +23,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "torch-compile-no-graph": {"compile": "blocks", "cuda_graph": False},
     "torch-compile-whole": {"compile": "model"},
     "torch-compile-unpruned": {"compile": "blocks", "prune": False},  # modes are an input
+    "torch-compile-copies": {"compile": "blocks", "move_heads": False},  # of weights, by bucket
     "torch-compile-plain-gelu": {"compile": "blocks", "fuse_gelu": False},
 }
 PICTURE_STEPS = (28, 50)

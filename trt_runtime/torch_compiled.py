@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plans import sdpa as _register_sdpa  # noqa: F401  (the operators on CUDA without a library)
 from plans.errors import ArrowheadError
+from plans.head_order import head_orders, is_run, plan_by_places
 from plans.plan import Plan, cache_flow
 from plans.prepared import PreparedBucket, PreparedPlan
 from plans.tiles import CACHED
@@ -44,21 +45,25 @@ def choose_compile(plan: Plan) -> str:
     plan, in which hardly two are, as a whole.
     """
     flow, distinct, total = cache_flow(plan), set(), 0
-    for index, bucket in enumerate(plan.buckets):
+    placed = plan_by_places(plan, head_orders(plan))
+    for index, bucket in enumerate(placed.buckets):
         blocks: dict[str, list[Any]] = {}
         for module in plan.modules:
             reads = [g for g in flow.reads(index) if g.module == module.name]
             writes = [len(g.heads) for g in flow.writes(index) if g.module == module.name]
-            computed = sum(mode != CACHED for mode in bucket.modes[module.name])
+            modes = bucket.modes[module.name]
+            computed = [place for place, mode in enumerate(modes) if mode != CACHED]
             block = module.name.rpartition(".")[0]
-            blocks.setdefault(block, []).append((computed, len(reads), *writes))
+            # Weights that are copied have other strides than slices.
+            alike = (len(computed), is_run(computed), len(reads), *writes)
+            blocks.setdefault(block, []).append(alike)
         total += len(blocks)
         distinct |= {(name.rpartition(".")[0], *parts) for name, parts in blocks.items()}
     return "blocks" if len(distinct) <= _WHOLE * total else "model"
 
 
 class CompiledTransformer:
-    """A transformer whose weights, code and attributes stay as they are, bound to fixed buffers.
+    """A transformer whose code and attributes stay as they are, bound to fixed buffers.
 
     compile: "blocks" compiles each class of blocks once for all blocks whose heads count alike;
     "model" the whole transformer, for each bucket; "none" nothing; "auto" is choose_compile's for a
@@ -168,8 +173,8 @@ class CompiledTransformer:
         kept = (bucket, inputs, sample)  # a graph knows addresses alone
 
         def run() -> None:
-            if kept:
-                graph.replay()
+            kept[0].check()
+            graph.replay()
 
         return run
 
@@ -200,9 +205,10 @@ class CompiledStock(CompiledTransformer):
 class CompiledPlan(CompiledTransformer):
     """All steps of a plan on one transformer.
 
-    prune, fuse_gelu, own_caches: as in plans.prepared. cuda_graph: capture each bucket's step at
-    its first call; None: on CUDA, where the kernel library is there. A step never allocates after
-    its bucket's first call on CUDA graphs.
+    prune, fuse_gelu, own_caches, move_heads: as in plans.prepared. cuda_graph: capture each
+    bucket's step at its first call; None: on CUDA, where the kernel library is there. A step never
+    allocates after its bucket's first call on CUDA graphs. Between steps the transformer computes
+    what it did, to rounding; `close` puts its weights back bit for bit.
     """
 
     def __init__(
@@ -215,6 +221,7 @@ class CompiledPlan(CompiledTransformer):
         prune: bool = True,
         fuse_gelu: bool = True,
         own_caches: bool = True,
+        move_heads: bool = True,
         cuda_graph: bool | None = None,
         compiler: str | Callable[..., Any] = "inductor",
     ) -> None:
@@ -227,8 +234,9 @@ class CompiledPlan(CompiledTransformer):
         super().__init__(transformer, compile=compile, cuda_graph=cuda_graph, compiler=compiler)
         self.plan = plan
         self.prepared = PreparedPlan(
-            transformer, plan, batch=batch, prune=prune, fuse_gelu=fuse_gelu, own_caches=own_caches
-        )
+            transformer, plan, batch=batch, prune=prune, fuse_gelu=fuse_gelu,
+            own_caches=own_caches, move_heads=move_heads,
+        )  # fmt: skip
         self._inputs: dict[str, Tensor] = {}
         self._sample: Tensor | None = None
         self._runs: dict[int, Callable[[], None]] = {}

@@ -57,7 +57,7 @@ def test_random_weights_give_finite_and_different_samples(architecture: Architec
     model = random_transformer(architecture, device="cpu", dtype=torch.float32)
     bench = bench_steps.Workbench(architecture, settings(baselines=()), print)
     inputs = [
-        random_inputs(architecture, bench.plan(None), device="cpu", dtype=torch.float32, seed=seed)
+        random_inputs(architecture, bench.plan(()), device="cpu", dtype=torch.float32, seed=seed)
         for seed in (0, 1)
     ]
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_rows_hold_both_sides_and_pictures(
     partial: list[int] = []
     report = measure_steps(
         architecture,
-        [(backend, mix) for mix in (Mix(1, 2, 1, 1), None) for backend in ("torch", unpruned)],
+        [(backend, mix) for mix in ((Mix(1, 2, 1, 1),), ()) for backend in ("torch", unpruned)],
         settings(loop=True, profile=True),
         row_done=lambda report: partial.append(len(report["rows"])),
     )
@@ -95,7 +95,7 @@ def test_rows_hold_both_sides_and_pictures(
 def test_a_row_that_fails_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "broken", {"compile": "layers"})
     report = measure_steps(
-        tiny(SD3), [("broken", None), ("torch", None)], settings(baselines=(), full_step=False)
+        tiny(SD3), [("broken", ()), ("torch", ())], settings(baselines=(), full_step=False)
     )
     assert [failure["row"] for failure in report["failures"]] == ["broken, dense"]
     assert [row["backend"] for row in report["rows"]] == ["torch"]
@@ -108,7 +108,7 @@ def test_the_command_writes_table_json_and_picture(
         pytest.skip("the command takes the GPU where there is one, and tiny heads fit no kernel")
     code = main(
         ["bench", "e2e", "--architecture", architecture.name, "--height", "256", "--width", "256",
-         "--block", "16", "--mix", "1/2x1/1:torch", "--baseline", "eager",
+         "--block", "16", "--mix", "1/2x1/1:torch", "1/1x1/2+1/2x1/1:torch", "--baseline", "eager",
          "--repeats", "1", "--steps-per-round", "1", "--json", str(tmp_path / "steps.json"),
          "--plot", str(tmp_path / "steps.png")]
     )  # fmt: skip
@@ -117,7 +117,19 @@ def test_the_command_writes_table_json_and_picture(
     assert report["rows"][0]["architecture"] == architecture.name
     assert report["git_commit"] and report["versions"]["torch"] and report["device"]
     assert (tmp_path / "steps.png").read_bytes()[:4] == b"\x89PNG"
-    assert "1/2x1/1" in capsys.readouterr().out
+    weights = sum(
+        w.nbytes
+        for w in random_transformer(architecture, device="cpu", dtype=torch.float32).parameters()
+    )
+    for row, buckets in zip(report["rows"], (1, 2), strict=True):
+        assert len(row["buckets_ms"]) == buckets
+        assert row["weight_bytes"] >= weights  # buffers too
+        assert row["copied_weight_bytes"] == 0 and row["weights_ratio"] == 1
+        assert row["measured_weights_ratio"] is None  # the device is not asked
+    first, second = report["rows"][1]["buckets_ms"]
+    assert min(first, second) <= report["rows"][1]["ms"] <= max(first, second)
+    shown = capsys.readouterr().out
+    assert "1/2x1/1" in shown and "1.000x" in shown
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,7 @@ def test_the_command_writes_table_json_and_picture(
         ["bench", "e2e", "--architecture", SD3, "--baseline", "slow"],
         ["bench", "e2e", "--architecture", SD3, "--mix", "1/1/1"],
         ["bench", "e2e", "--architecture", SD3, "--mix", "7/8x4/9:fast"],
+        ["bench", "e2e", "--architecture", SD3, "--mix", "7/8x4/9+dense"],
     ],
 )
 def test_what_cannot_be_timed_is_refused(arguments: list[str]) -> None:

@@ -128,6 +128,7 @@ def test_on_mismatch_dense_runs_every_head_in_full(kind: str) -> None:
 
 def test_two_plans_share_one_transformer(kind: str) -> None:
     model = tiny_model(kind)
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
     plans = [tiny.random_plan(model, seed) for seed in (0, 1)]
     pipe = tiny_pipeline(model)
     batch = 2 if kind == "sd3" else 1
@@ -147,8 +148,11 @@ def test_two_plans_share_one_transformer(kind: str) -> None:
         assert {w.data_ptr() for w in model.parameters()} == own
         used = {w.data_ptr() for w in compiled._weights}
         assert own <= used
-        assert 0 < compiled.prepared.weight_bytes() < sum(w.nbytes for w in model.parameters())
+        copied = compiled.prepared.weight_bytes()
+        assert copied < sum(w.nbytes for w in model.parameters())
+        assert (copied == 0) == (proxy is both[0])  # heads lie in the order of the first plan
         proxy.close()
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
 
 
 def test_close_gives_the_memory_back(kind: str) -> None:
@@ -195,6 +199,17 @@ def test_engines_declare_and_check_caches_of_their_own(kind: str) -> None:
             engine.__enter__()
     with pytest.raises(ArrowheadError, match="outside its `with` block"):
         engine.bind(feeds, outputs)
+
+
+def test_an_engine_that_fails_to_start_puts_the_weights_back(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(kind)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    monkeypatch.setattr(CompiledModel, "cache_shapes", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_transformer(plan=tiny.random_plan(model), transformer=model, **UNCOMPILED)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
 def test_a_bundle_folder_and_its_dense_graph(

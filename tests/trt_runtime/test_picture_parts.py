@@ -122,7 +122,7 @@ def test_rows_hold_whole_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     parts = small(parts_of(architecture))
     parts = replace(parts, encoders=tuple(replace(e, tokens=5) for e in parts.encoders))
     report = measure_steps(
-        architecture, [("torch", Mix(1, 2, 1, 1))], settings(loop=True, parts=parts)
+        architecture, [("torch", (Mix(1, 2, 1, 1),))], settings(loop=True, parts=parts)
     )
     assert not report["failures"]
     row, baseline = report["rows"][0], report["baselines"][0]

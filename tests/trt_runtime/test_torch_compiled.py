@@ -110,8 +110,11 @@ def test_the_transformer_is_its_own_between_steps() -> None:
     compiled.step(0, inputs)
     assert first._compiled_call_impl is own
     del first._compiled_call_impl
-    assert torch.equal(model(**inputs, return_dict=False)[0], before)
+    between = model(**inputs, return_dict=False)[0]  # its heads lie in another order
+    torch.testing.assert_close(between, before, atol=2e-6, rtol=1e-5)
     assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())
+    compiled.close()
+    assert torch.equal(model(**inputs, return_dict=False)[0], before)
 
 
 def test_plans_are_compiled_by_blocks_where_many_are_alike() -> None:
