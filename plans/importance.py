@@ -2,7 +2,9 @@
 
 A head's error is relative to its own output, whatever comes of it. What comes of it is what the
 head adds to the residual stream: its output, through its part of the output projection, times the
-block's gate. The energy of that, beside the stream's, weights the head's error.
+block's gate. The energy of that, of the stream's as the module leaves it, weights the head's
+error. Of the stream as the module finds it, it would weigh the first block, which finds little in
+it, many times any other.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ from plans.sample import Sample
 Floats = NDArray[np.float64]
 
 HEAD, OUTPUT, STREAM, STREAM_DT = "head", "output", "stream", "stream-dt"
+GRADIENT = "gradient"  # plans.gradients
 # What errors are multiplied by, as plan files tell it.
 ERROR_WEIGHTS = {
     HEAD: "",
     OUTPUT: ", times H x the head's share of the energy that its module adds to the residual "
     "stream in a run in full",
-    STREAM: ", times the energy that the head adds to the residual stream, of the stream's, in a "
-    "run in full; mean 1 over steps and heads",
-    STREAM_DT: ", times the energy that the head adds to the residual stream, of the stream's, in "
-    "a run in full, and the square of the step's sigma difference; mean 1 over steps and heads",
+    STREAM: ", times the energy that the head adds to the residual stream, of the stream's as the "
+    "module leaves it, in a run in full; mean 1 over steps and heads",
+    STREAM_DT: ", times the energy that the head adds to the residual stream, of the stream's as "
+    "the module leaves it, in a run in full, and the square of the step's sigma difference; mean 1 "
+    "over steps and heads",
+    GRADIENT: ", times the energy of the head's output and of the prediction's gradient by it, in "
+    "a run in full; mean 1 over the heads of each step",
 }
 # Of the mean weight: an error that is infinite, since there is no such mode, stays so.
 _LEAST = 1e-9
@@ -54,18 +60,21 @@ def error_weights(
 ) -> Floats:
     """Return what the errors of each step and head are multiplied by, [N, R].
 
-    energies: "added" and "stream" of a run in full, as Energies tells them; sigmas: of its steps,
-    without the trailing zero.
+    energies: "added" and "stream" of a run in full, as Energies tells them, or "gradient", as
+    Gradients does; sigmas: of its steps, without the trailing zero.
     """
-    added = energies["added"]
     if name == HEAD:
-        return np.ones_like(added)
+        return np.ones((1, 1))
+    if name == GRADIENT:
+        gradient = energies["gradient"]
+        return np.maximum(_ratio(gradient, gradient.mean(axis=1, keepdims=True)), _LEAST)
+    added = energies["added"]
+    heads = np.array([module.heads for module in modules])
+    starts = np.cumsum(heads) - heads
+    by_module = np.repeat(np.add.reduceat(added, starts, axis=1), heads, axis=1)
     if name == OUTPUT:
-        heads = np.array([module.heads for module in modules])
-        starts = np.cumsum(heads) - heads
-        mean = np.repeat(np.add.reduceat(added, starts, axis=1) / heads, heads, axis=1)
-        return np.maximum(_ratio(added, mean), _LEAST)
-    weights = _ratio(added, energies["stream"])
+        return np.maximum(_ratio(added, by_module / np.repeat(heads, heads)), _LEAST)
+    weights = _ratio(added, energies["stream"] + by_module)
     if name == STREAM_DT:
         ends = np.array([*sigmas[1:], 0.0])
         weights = weights * ((np.array(sigmas) - ends) ** 2)[:, None]
@@ -93,7 +102,7 @@ class _Stream(NamedTuple):
 
 
 class Energies:
-    """Notes the energy of the residual streams and of what heads add to them, in one run.
+    """Notes the energy of residual streams, as modules find them, and of what heads add, in a run.
 
     Both are sums over the tokens that count, image and text, and over the rows of all prompts.
     """

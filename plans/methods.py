@@ -12,7 +12,7 @@ from plans.bounds import Bounds, raise_offenders
 from plans.buckets import Choice, choose_buckets, corrected, predicted_errors
 from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort, search_memory
-from plans.importance import HEAD, check_error_weights, error_weights
+from plans.importance import GRADIENT, HEAD, check_error_weights, error_weights
 from plans.plan import Bucket, Plan
 from plans.prices import Prices
 from plans.recorder import Recorder, Savings, head_savings, pairs_saved, pooled_errors
@@ -83,9 +83,14 @@ class Search:
         rows = self.rows_per_picture * min(self._effort.pictures_per_run, self._settings.pictures)
         item = self._pipe.transformer.dtype.itemsize
         ages = min(AGES, self._settings.steps - 1)
-        return search_memory(
-            self._bare.modules, self._candidates, rows, item, ages, self._effort.sample_tokens
+        modules = self._bare.modules
+        needed = search_memory(
+            modules, self._candidates, rows, item, ages, self._effort.sample_tokens
         )
+        if self._weighing == GRADIENT:  # the input of every block is kept for the way back
+            tokens = sum(m.layout.seq_len * m.heads * m.head_dim for m in modules)
+            needed["gradients"] = rows * tokens * item
+        return needed
 
     def begin(self, scratch: Scratch) -> None:
         self.scratch = scratch
@@ -103,7 +108,7 @@ class Search:
     def _weigh_first(self) -> None:
         """Run the first group in full where that is needed for the weights of errors."""
         if self._weighing != HEAD:
-            self._weigh(self._runs.run(self._bare, "weigh", 0, record=False, weigh=True))
+            self._weigh(self._runs.run(self._bare, "weigh", 0, False, self._weighing))
 
     def _measure(self, plan: Plan, stage: str) -> HeadErrors:
         """Run all groups with the plan: weighted errors over all prompts."""
@@ -146,14 +151,13 @@ class Search:
         what they are: predicted.
         """
         groups, rounds = len(self._runs.groups), self._effort.rounds
-        weigh = self._weighing != HEAD
         recorder = self._runs.recorder(self._bare)
         recorded: dict[int, Moments] = {}
         plan, choice, broken = self._bare, None, 0
         for turn in range(rounds + 1):
             group = turn % groups
             stage = f"measure {turn}" if turn else "record"
-            run = self._runs.run(plan, stage, group, True, weigh and turn == 0)
+            run = self._runs.run(plan, stage, group, True, HEAD if turn else self._weighing)
             assert run.recorded is not None
             self._weigh(run)
             recorded[group] = run.recorded

@@ -20,7 +20,8 @@ from plans.accounting import account
 from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort
 from plans.errors import atomic_write
-from plans.importance import Energies
+from plans.gradients import Gradients
+from plans.importance import GRADIENT, HEAD, Energies
 from plans.plan import Plan
 from plans.recorder import Recorder, pooled_errors
 from plans.strategies import MeasureHeads
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int, float], None]  # stage, steps done, steps, s
 class Run(NamedTuple):
     """What one group's run showed: of its plan's heads, and of every mode (None: not recorded).
 
-    energies: of the heads' outputs, where they were asked for (plans.importance).
+    energies: what weights of errors are told from, where they were asked for (plans.importance).
     """
 
     measured: Moments
@@ -123,13 +124,16 @@ class Runs:
             plan.modules, self._candidates, plan.steps, AGES, self._effort.sample_tokens
         )
 
-    def run(self, plan: Plan, stage: str, group: int, record: bool, weigh: bool = False) -> Run:
+    def run(self, plan: Plan, stage: str, group: int, record: bool, weighing: str = HEAD) -> Run:
         """Run one group with the plan and measure it; record what every other mode would err.
 
-        weigh: take down the energies of the heads' outputs, too; the plan is all full then.
+        weighing: take down what these weights of errors are told from; the plan is all full then.
         """
         return self._scratch.run(
-            plan, f"{stage} {record}", group, lambda: self._run(plan, stage, group, record, weigh)
+            plan,
+            f"{stage} {record}",
+            group,
+            lambda: self._run(plan, stage, group, record, weighing),
         )
 
     def errors(self, plan: Plan, stage: str) -> Floats:
@@ -137,9 +141,10 @@ class Runs:
         runs = [self.run(plan, stage, i, False).measured for i in range(len(self.groups))]
         return pooled_errors(runs)[:, :, 0]
 
-    def _run(self, plan: Plan, stage: str, group: int, record: bool, weigh: bool) -> Run:
+    def _run(self, plan: Plan, stage: str, group: int, record: bool, weighing: str) -> Run:
         recorder = self.recorder(plan) if record else None
-        energies = Energies(self._pipe.transformer, plan.modules, plan.steps) if weigh else None
+        watcher = self._watcher(plan, weighing)
+        energies = watcher if isinstance(watcher, Energies) else None
         strategy = MeasureHeads(plan, recorder, self._effort.sample_tokens, energies)
         saved = account(plan, 1)["per_step"]
 
@@ -147,12 +152,20 @@ class Runs:
             self._report(stage, step + 1, plan.steps, sum(saved[: step + 1]) / (step + 1))
 
         settings = self.groups[group]
-        with nullcontext() if energies is None else energies.attached():
+        with nullcontext() if watcher is None else watcher.attached():
             denoise(self._pipe, settings, plan.modules, strategy, step_done)
         pictures = np.array(float(settings.pictures))
         recorded = None if recorder is None else {**recorder.moments(), "pictures": pictures}
-        added = None if energies is None else energies.energies()
-        return Run({**strategy.measured(), "pictures": pictures}, recorded, added)
+        told = None if watcher is None else watcher.energies()
+        return Run({**strategy.measured(), "pictures": pictures}, recorded, told)
+
+    def _watcher(self, plan: Plan, weighing: str) -> Energies | Gradients | None:
+        transformer, modules, sampler = self._pipe.transformer, plan.modules, plan.sampler
+        if weighing == HEAD:
+            return None
+        if weighing == GRADIENT:
+            return Gradients(transformer, modules, sampler.guidance_scale if sampler.cfg else None)
+        return Energies(transformer, modules, plan.steps)
 
 
 def fingerprint(settings: Denoising) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from trt_runtime.cli_common import (
 )
 
 DIVISORS = (8, 16, 32)
-ERROR_WEIGHTS = ("head", "output", "stream", "stream-dt")
+ERROR_WEIGHTS = ("head", "output", "stream", "stream-dt", "gradient")
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, of_plan: bool = False) -> None:
@@ -130,8 +130,9 @@ def add_error_weights(parser: argparse.ArgumentParser, default: str | None = "he
         choices=ERROR_WEIGHTS,
         default=default,
         help="what a head's error counts: head (default), alike for all; output: by its share of "
-        "what its module adds to the residual stream; stream: by how much it adds to the stream; "
-        "stream-dt: by that and the step's sigma difference"
+        "what its module adds to the residual stream; stream: by how much of the stream that is; "
+        "stream-dt: by that and the step's sigma difference; gradient: by how much the prediction "
+        "moves with it, which takes a backward pass a step of one run"
         + ("" if default else " (default: recorded)"),
     )
 

@@ -42,13 +42,18 @@ VARIANTS = {
     ),
     "stream": Variant(
         DELTA, "weighted by the stream", "#7a2f8f", "h",
-        "The search of `both` with errors weighted by what the head adds to the residual stream, "
-        "relative to it.",
+        "The search of `both` with errors weighted by the energy that the head adds to the "
+        "residual stream, of the stream's as the module leaves it.",
     ),
     "stream-dt": Variant(
         DELTA, "stream and step size", "#d1495b", "X",
         "The search of `both` with the weights of `stream` times the square of the step's sigma "
         "difference.",
+    ),
+    "gradient": Variant(
+        DELTA, "weighted by gradients", "#0f6e4f", "d",
+        "The search of `both` with errors weighted by how much the prediction moves with the "
+        "head's output: one backward pass a step.",
     ),
     "paper": Variant(
         DELTA, "published rule", "#b23a48", "D",

@@ -114,6 +114,7 @@ _SEARCHES: dict[str, Callable[[Planner, float], Plan]] = {
     "output": partial(Planner.search, error_weights="output"),
     "stream": partial(Planner.search, error_weights="stream"),
     "stream-dt": partial(Planner.search, error_weights="stream-dt"),
+    "gradient": partial(Planner.search, error_weights="gradient"),
     "paper": partial(Planner.search, method="progressive", prices=None),
     "layer": Planner.layerwise,
     "random": Planner.shuffled,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from plans.bounds import Bounds
 from plans.carry import carry_plan
 from plans.errors import ArrowheadError
+from plans.gradients import Gradients
 from plans.importance import ERROR_WEIGHTS, Energies, error_weights
 from plans.models import AttentionModule
 from plans.plan import Plan, check_plan, dense_plan
 from plans.processors import install
 from plans.runs import Runs, Scratch
+from plans.scores import attention, counted
 from plans.search import METRIC, measure, measure_plan
 from plans.strategies import MeasureHeads
 from plans.tiles import CACHED
@@ -125,12 +128,33 @@ def test_energies_are_those_of_heads_projected_one_by_one(make: Any) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("make", [tiny.tiny_sd3, tiny.tiny_flux])
+def test_weights_that_are_offloaded_layer_by_layer_are_read(make: Any) -> None:
+    model = make()
+    plan, _, energies, _ = _run(model)
+    told = energies.energies()
+    gradients = Gradients(model, plan.modules, None)
+    with gradients.attached(), torch.no_grad():
+        model(**tiny.inputs_of(model))
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    _, _, energies, _ = _run(model)
+    for name, found in energies.energies().items():
+        np.testing.assert_allclose(found, told[name], rtol=1e-5)
+    again = Gradients(model, plan.modules, None)
+    with again.attached(), torch.no_grad():
+        model(**tiny.inputs_of(model))
+    want = gradients.energies()["gradient"]
+    np.testing.assert_allclose(again.energies()["gradient"], want, rtol=1e-4)
+
+
 def _energies(seed: int = 0) -> tuple[dict[str, np.ndarray], list[AttentionModule]]:
     modules = list(tiny.spec_of(tiny.tiny_flux()).modules)
     rng = np.random.default_rng(seed)
     rows = sum(module.heads for module in modules)
     stream = np.repeat(rng.uniform(1, 9, (4, len(modules))), modules[0].heads, axis=1)
-    return {"added": rng.uniform(0.1, 1, (4, rows)), "stream": stream}, modules
+    added, gradient = rng.uniform(0.1, 1, (2, 4, rows))
+    return {"added": added, "stream": stream, "gradient": gradient}, modules
 
 
 def test_weights_are_shares_of_energy() -> None:
@@ -142,22 +166,90 @@ def test_weights_are_shares_of_energy() -> None:
     by_module = weights["output"].reshape(4, -1, heads)
     added = energies["added"].reshape(4, -1, heads)
     np.testing.assert_allclose(by_module, heads * added / added.sum(axis=2, keepdims=True))
-    share = energies["added"] / energies["stream"]
+    left = energies["stream"] + np.repeat(added.sum(axis=2), heads, axis=1)
+    share = energies["added"] / left
     np.testing.assert_allclose(weights["stream"], share / share.mean())
     by_step = np.array([0.1, 0.3, 0.4, 0.2])[:, None] ** 2 * share
     np.testing.assert_allclose(weights["stream-dt"], by_step / by_step.mean())
+    gradient = energies["gradient"]
+    by_step = weights["gradient"] / gradient
+    np.testing.assert_allclose(by_step, np.broadcast_to(by_step[:, :1], by_step.shape))
+    np.testing.assert_allclose(weights["gradient"].mean(axis=1), 1)
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_heads_that_add_nothing_weigh_little_and_no_weight_is_infinite(name: str) -> None:
     energies, modules = _energies()
-    energies["added"][1, : modules[0].heads] = 0
-    energies["added"][2, 0] = 0
+    for kind in ("added", "gradient"):
+        energies[kind][1, : modules[0].heads] = 0
+        energies[kind][2, 0] = 0
     weights = error_weights(name, energies, modules, (1.0, 0.9, 0.6, 0.2))
     assert (weights > 0).all() and np.isfinite(weights).all()
     assert weights[2, 0] < 1e-6
-    silent = {"added": 0 * energies["added"], "stream": 0 * energies["stream"]}
+    silent = {kind: 0 * values for kind, values in energies.items()}
     assert np.isfinite(error_weights(name, silent, modules, (1.0, 0.9, 0.6, 0.2))).all()
+
+
+@pytest.mark.parametrize("make", [sd3_pipeline, flux_pipeline])
+def test_gradients_tell_how_far_a_small_error_moves_the_prediction(make: Any) -> None:
+    """Over probes their mean is that of moves by errors of the output's size, finite differences.
+
+    With guidance the prediction is what the pipeline makes of both rows.
+    """
+    pipe, _ = make()
+    model, scale = pipe.transformer, 3.0
+    cfg = make is sd3_pipeline
+    modules = dense_plan(tiny.random_plan(model)).modules
+    inputs = tiny.inputs_of(model)
+    before = [p.requires_grad for p in model.parameters()]
+
+    total: Any = 0.0
+    for seed in range(60):
+        gradients = Gradients(model, modules, scale if cfg else None, seed)
+        with gradients.attached(), torch.no_grad():
+            model(**inputs)
+        total = total + gradients.energies()["gradient"] / 60
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.is_gradient_checkpointing and not model._forward_hooks
+
+    def predict(strategy: Any) -> Tensor:
+        undo = install(model, modules, strategy)
+        with torch.no_grad():
+            out = model(**inputs)[0].double()
+        undo()
+        return (1 - scale) * out[:1] + scale * out[1:] if cfg else out
+
+    exact, first = predict(Noisy(None, 0, 0)), 0
+    for module in (modules[0], modules[-1]):
+        first = 0 if module is modules[0] else total.shape[1] - module.heads
+        head = module.heads - 1
+        moved = [
+            float((predict(Noisy(module.name, head, seed)) - exact).square().sum())
+            for seed in range(60)
+        ]
+        assert total[0, first + head] == pytest.approx(sum(moved) / 60 / Noisy.SIZE**2, rel=0.4)
+
+
+class Noisy:
+    """Full attention, with one head's counted output off by noise of its spread, times SIZE."""
+
+    SIZE = 1e-3
+
+    def __init__(self, name: str | None, head: int, seed: int) -> None:
+        self._name, self._head = name, head
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def computed_heads(self, module: AttentionModule) -> tuple[int, ...]:
+        return tuple(range(module.heads))
+
+    def attend(self, module: AttentionModule, q: Any, k: Any, v: Any) -> Tensor:
+        out = attention(q, k, v)
+        if module.name == self._name:
+            seen = counted(module, out)[:, :, self._head]
+            size = self.SIZE * (seen - seen.mean()).square().mean().sqrt()
+            seen += size * torch.randn(seen.shape, generator=self._generator)
+        return out
 
 
 def _weights_of(pipe: Any, prompts: Any, plan: Plan, name: str) -> np.ndarray:
@@ -167,7 +259,7 @@ def _weights_of(pipe: Any, prompts: Any, plan: Plan, name: str) -> np.ndarray:
 
     settings = Denoising(prompts, plan.steps, plan.height, plan.width, 4.0, None, 0)
     runs = Runs(pipe, settings, Effort(1, 2, False), {}, lambda *_: None, Scratch(None, {}, False))
-    run = runs.run(dense_plan(plan), "weigh", 0, False, True)
+    run = runs.run(dense_plan(plan), "weigh", 0, False, name)
     assert run.energies is not None
     return error_weights(name, run.energies, plan.modules, plan.sampler.sigmas)
 
@@ -199,12 +291,19 @@ def test_both_methods_bound_weighted_errors(make: Any, method: str) -> None:
     assert changed
 
 
+def test_a_backward_pass_needs_memory_that_is_told() -> None:
+    pipe, prompts = flux_pipeline()
+    told: list[str] = []
+    for name in ("stream", "gradient"):
+        search(pipe, prompts, error_weights=name, announce=told.append)
+    assert "gradients" not in told[0] and "gradients" in told[1]
+
+
 def test_head_is_what_is_searched_by_default() -> None:
     pipe, prompts = flux_pipeline()
     stages: list[str] = []
     plan = search(pipe, prompts, method="progressive", error_weights="head",
                   progress=lambda stage, *_: stages.append(stage))  # fmt: skip
-    assert plan == search(pipe, prompts, method="progressive") or plan.search is not None
     assert plan.sha256 == search(pipe, prompts, method="progressive").sha256
     assert "weigh" not in stages
     with pytest.raises(ArrowheadError, match="error weights .* got heads; expected one of head, o"):

@@ -262,12 +262,12 @@ def test_plans_are_searched_once(pipe: Any, tmp_path: Path) -> None:
 
 
 def test_searches_with_other_weights_and_with_prices(pipe: Any, tmp_path: Path) -> None:
-    variants = ("both", "output", "stream", "stream-dt", "paper")
+    variants = ("both", "output", "stream", "stream-dt", "gradient", "paper")
     settings = base_settings(deltas=(0.8,), variants=variants, fewer_steps=())
     report = measure_quality(pipe, settings, tmp_path / "plain", verdicts=verdicts)
     records = [load_plan(tmp_path / "plain" / row["plan"]).search for row in report["rows"]]
     weights = [record["error_weights"] for record in records if record is not None]
-    assert weights == ["head", "output", "stream", "stream-dt", "head"]
+    assert weights == ["head", "output", "stream", "stream-dt", "gradient", "head"]
     assert "prices" not in report["settings"] and not any("prices" in r for r in records if r)
 
     modules = load_plan(tmp_path / "plain" / report["rows"][0]["plan"]).modules
