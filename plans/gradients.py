@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule
 from plans.processors import install
-from plans.scores import attention, counted, moments
+from plans.scores import BACKENDS, attention, counted, moments
+
+# cuDNN's way back has no plan for some shapes whose way forward it takes.
+_BACKENDS = [backend for backend in BACKENDS if backend != SDPBackend.CUDNN_ATTENTION]
 
 
 class Gradients:
@@ -69,7 +73,7 @@ class Gradients:
         self, module: AttentionModule, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> Tensor:
         assert q is not None and k is not None and v is not None
-        out = attention(q, k, v)
+        out = attention(q, k, v, backends=_BACKENDS)
         seen = counted(module, out.detach())
         spread = moments([seen[None]], seen).spread
 
