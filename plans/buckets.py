@@ -161,7 +161,7 @@ class _Judge:
         self._aged = np.zeros((steps, tables.cached.shape[2] + 2, rows))
         self._aged[:, 1:-1] = tables.cached.transpose(0, 2, 1)
         self._aged[:, -1] = np.inf
-        self._drift = tables.drift
+        self._drift, self._weights = tables.drift, tables.weights
         self._saving = np.zeros((windows + 2, rows))  # the last is CACHED
         self._saving[1:-1] = tables.arrow_saving.T
         self._saving[-1] = tables.cached_saving
@@ -249,7 +249,7 @@ class _Judge:
         computed = np.take_along_axis(taken, last, axis=1)
         oldest = self._aged.shape[1] - 1
         errors = self._own[last, computed, rows] + self._aged[steps, np.minimum(age, oldest), rows]
-        return np.where(age > 0, errors * self._drift, errors)
+        return np.where(age > 0, errors * self._drift, errors) * self._weights
 
     def _arrows(self, schedule: Ints, buckets: int) -> tuple[Ints, Ints]:
         """Return per bucket and head the arrow that saves most, and the widest; 0 where none may.
@@ -257,12 +257,13 @@ class _Judge:
         Under the cap at all the bucket's steps; both [K, R].
         """
         shape = (buckets, self._own.shape[2])
+        own = self._own * np.broadcast_to(self._weights, self._own[:, 0].shape)[:, None]
         narrow, wide = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)
         for bucket in range(1, buckets):
             steps = schedule == bucket
             if not steps.any():
                 continue
-            may = self._own[steps].max(axis=0) < self._cap
+            may = own[steps].max(axis=0) < self._cap
             may[0] = True
             narrow[bucket] = np.where(may, self._saving[:-1], -1).argmax(axis=0)
             wide[bucket] = np.where(may[-1], len(may) - 1, 0)

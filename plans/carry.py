@@ -30,7 +30,7 @@ RULE = (
     "and bands cover at least the share of the image they covered"
 )
 # What a search was asked for, which a later repair of the carried plan asks for again.
-_ASKED = ("delta", "cap_factor", "candidates", "divisors", "max_buckets")
+_ASKED = ("delta", "cap_factor", "candidates", "divisors", "max_buckets", "error_weights")
 
 _Head = tuple[str, int]  # module, head
 

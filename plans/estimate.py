@@ -29,7 +29,8 @@ class Estimate:
         self._saving[:-1] = tables.arrow_saving[:, order].T
         self._cached_saving = tables.cached_saving.astype(np.float32)
         self._widest = int(np.argmax(order)) if windows else 0
-        allowed = (own < cap[:, None]).transpose(0, 2, 1)
+        weights = np.broadcast_to(tables.weights, (steps, rows))[:, :, None]
+        allowed = (own * weights < cap[:, None]).transpose(0, 2, 1)
         allowed[:, -1] = True
         self._own = _pack(allowed)  # [N, W + 1, words]
         self._aged = _pack(_aged(tables, own, cap))  # [N, A + 2, W + 1, words]
@@ -111,9 +112,9 @@ def _aged(tables: HeadTables, own: NDArray[np.float64], cap: NDArray[np.float64]
     steps, rows, oldest = tables.cached.shape
     result = np.zeros((steps, oldest + 2, own.shape[2], rows), dtype=bool)
     result[:, 0] = True
-    drift = np.broadcast_to(tables.drift, (steps, rows))
+    factor = np.broadcast_to(tables.drift * tables.weights, (steps, rows))
     for age in range(1, min(oldest, steps - 1) + 1):
-        errors = (tables.cached[age:, :, age - 1, None] + own[:-age]) * drift[age:, :, None]
+        errors = (tables.cached[age:, :, age - 1, None] + own[:-age]) * factor[age:, :, None]
         allowed = (errors < cap[:, None]) | (errors == 0)
         result[age:, age] = allowed.transpose(0, 2, 1)
     return result

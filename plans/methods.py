@@ -12,10 +12,11 @@ from plans.bounds import Bounds, raise_offenders
 from plans.buckets import Choice, choose_buckets, corrected, predicted_errors
 from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort, search_memory
+from plans.importance import GRADIENT, HEAD, check_error_weights, error_weights
 from plans.plan import Bucket, Plan
 from plans.prices import Prices
-from plans.recorder import Savings, head_savings, pairs_saved, pooled_errors
-from plans.runs import Moments, Progress, Runs, Scratch
+from plans.recorder import Recorder, Savings, head_savings, pairs_saved, pooled_errors
+from plans.runs import Moments, Progress, Run, Runs, Scratch
 from plans.strategies import ChooseHeads, HeadErrors, errors_by_module
 from plans.tables import Floats, HeadTables
 from plans.tiles import FULL, kept_pairs
@@ -49,7 +50,8 @@ class Search:
         bounds: Bounds,
         effort: Effort,
         prices: Prices | None,
-        report: Progress,
+        report: Progress | None,
+        weighing: str = HEAD,
     ) -> None:
         self._pipe = pipe
         self._settings = settings
@@ -57,7 +59,10 @@ class Search:
         self._bounds = bounds
         self._effort = effort
         self._prices = prices
-        self._report = report
+        self._report = report or (lambda *_: None)
+        check_error_weights(weighing)
+        self._weighing = weighing
+        self._weights: Floats = np.ones((1, 1))
         self._candidates: dict[str, tuple[int, ...]] = {}
         self._savings: Savings = {}
         self.rows_per_picture = 2 if bare.sampler.cfg else 1
@@ -78,15 +83,36 @@ class Search:
         rows = self.rows_per_picture * min(self._effort.pictures_per_run, self._settings.pictures)
         item = self._pipe.transformer.dtype.itemsize
         ages = min(AGES, self._settings.steps - 1)
-        return search_memory(
-            self._bare.modules, self._candidates, rows, item, ages, self._effort.sample_tokens
+        modules = self._bare.modules
+        needed = search_memory(
+            modules, self._candidates, rows, item, ages, self._effort.sample_tokens
         )
+        if self._weighing == GRADIENT:  # the input of every block is kept for the way back
+            tokens = sum(m.layout.seq_len * m.heads * m.head_dim for m in modules)
+            needed["gradients"] = rows * tokens * item
+        return needed
 
     def begin(self, scratch: Scratch) -> None:
         self.scratch = scratch
         self._runs = Runs(
             self._pipe, self._settings, self._effort, self._candidates, self._report, scratch
         )
+
+    def _weigh(self, run: Run) -> None:
+        """Learn from a run in full what errors are multiplied by."""
+        if run.energies is not None:
+            bare = self._bare
+            sigmas = bare.sampler.sigmas
+            self._weights = error_weights(self._weighing, run.energies, bare.modules, sigmas)
+
+    def _weigh_first(self) -> None:
+        """Run the first group in full where that is needed for the weights of errors."""
+        if self._weighing != HEAD:
+            self._weigh(self._runs.run(self._bare, "weigh", 0, False, self._weighing))
+
+    def _measure(self, plan: Plan, stage: str) -> HeadErrors:
+        """Run all groups with the plan: weighted errors over all prompts."""
+        return errors_by_module(plan.modules, self._runs.errors(plan, stage) * self._weights)
 
     def _dense(self) -> float:
         """What a step in full costs, in the unit of the savings."""
@@ -107,6 +133,7 @@ class Search:
         told = {
             "device": self._prices.device,
             "kernel": self._prices.kernel,
+            "batch": self._prices.batch,
             "dense_ms": round(plan.steps * self._dense(), 3),
             "saved_ms": round(saved, 3),
         }
@@ -130,10 +157,11 @@ class Search:
         for turn in range(rounds + 1):
             group = turn % groups
             stage = f"measure {turn}" if turn else "record"
-            run = self._runs.run(plan, stage, group, True)
+            run = self._runs.run(plan, stage, group, True, HEAD if turn else self._weighing)
             assert run.recorded is not None
+            self._weigh(run)
             recorded[group] = run.recorded
-            measured = pooled_errors([run.measured])[:, :, 0]
+            measured = pooled_errors([run.measured])[:, :, 0] * self._weights
             errors = errors_by_module(plan.modules, measured)
             kept = turn > 0 and not self._bounds.broken(plan.modules, errors)
             if kept and turn >= groups - 1:
@@ -141,11 +169,11 @@ class Search:
             if turn == rounds:
                 break
             broken += turn > 0 and not kept
-            tables = recorder.tables(list(recorded.values()), self._savings)
+            tables = self._tables(recorder, list(recorded.values()))
             if keep_tables is not None and turn < groups:
                 keep_tables(tables)
             if choice is not None:
-                own = recorder.tables([run.recorded], self._savings)
+                own = self._tables(recorder, [run.recorded])
                 tables = replace(tables, drift=corrected(own, choice, measured).drift)
             choice = self._choose(tables, broken, max_buckets, choice)
             plan = _plan_of(self._bare, choice)
@@ -153,8 +181,11 @@ class Search:
             plan = raise_offenders(plan, errors, self._bounds, self._candidates)
             return self.kept_within(plan, rounds)
         assert choice is not None and run.recorded is not None  # there is a round at least
-        own = corrected(recorder.tables([run.recorded], self._savings), choice, measured)
+        own = corrected(self._tables(recorder, [run.recorded]), choice, measured)
         return self._predicted(plan, own, measured, group)
+
+    def _tables(self, recorder: Recorder, runs: Sequence[Moments]) -> HeadTables:
+        return replace(recorder.tables(runs, self._savings), weights=self._weights)
 
     def _choose(
         self, tables: HeadTables, broken: int, max_buckets: int, before: Choice | None
@@ -201,9 +232,13 @@ class Search:
         them all.
         """
         bare = self._bare
+        self._weigh_first()
+        weights = None
+        if self._weighing != HEAD:
+            weights = errors_by_module(bare.modules, self._weights)
         strategy = ChooseHeads(
             bare.modules, self._candidates, self._savings, *self._bounds,
-            self._effort.sample_tokens,
+            self._effort.sample_tokens, weights=weights,
         )  # fmt: skip
         dense = self._dense()
 
@@ -222,8 +257,14 @@ class Search:
 
     def measured(self, plan: Plan) -> Found:
         """Measure a plan on all prompts, and leave it as it is."""
-        errors = errors_by_module(plan.modules, self._runs.errors(plan, "measure"))
+        self._weigh_first()
+        errors = self._measure(plan, "measure")
         return Found(plan, errors, self._basis("measured", 1, range(len(self._runs.groups))))
+
+    def repaired(self, plan: Plan) -> Found:
+        """Measure a plan that this search did not make, and raise heads as `kept_within` does."""
+        self._weigh_first()
+        return self.kept_within(plan)
 
     def kept_within(self, plan: Plan, before: int = 0) -> Found:
         """Measure, raise the heads that break the bounds, and measure again until none does.
@@ -234,7 +275,7 @@ class Search:
         count = 0
         while True:
             count += 1
-            errors = errors_by_module(plan.modules, self._runs.errors(plan, f"check {count}"))
+            errors = self._measure(plan, f"check {count}")
             if not self._bounds.broken(plan.modules, errors):
                 everyone = range(len(self._runs.groups))
                 return Found(plan, errors, self._basis("measured", before + count, everyone))

@@ -117,12 +117,14 @@ class _Paths:
         ages = tables.cached.shape[2]
         # By step, mode (FULL last) and head; by step, age - 1, mode that wrote it and head.
         own = np.concatenate([tables.arrow, np.zeros((steps, rows, 1))], axis=2).transpose(0, 2, 1)
-        self._own = np.where((own < cap) | (own == 0), own, np.inf)
+        weights = np.broadcast_to(tables.weights, (steps, rows))[:, None]
+        weighted = own * weights
+        self._own = np.where((weighted < cap) | (weighted == 0), weighted, np.inf)
         self._own[0, :-1] = np.inf
         self._aged = np.full((steps, ages, windows + 1, rows), np.inf)
-        drift = np.broadcast_to(tables.drift, (steps, rows))
+        factor = np.broadcast_to(tables.drift, (steps, rows))[:, None] * weights
         for age in range(1, min(ages, steps - 1) + 1):
-            errors = (tables.cached[age:, None, :, age - 1] + own[:-age]) * drift[age:, None]
+            errors = (tables.cached[age:, None, :, age - 1] + own[:-age]) * factor[age:]
             self._aged[age:, age - 1] = np.where((errors < cap) | (errors == 0), errors, np.inf)
         self._saving = np.zeros((windows + 1, rows))
         self._saving[:-1] = tables.arrow_saving.T

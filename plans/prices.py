@@ -49,15 +49,22 @@ class Price:
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices of some shapes on one device with one build of the kernel library."""
+    """Prices of some shapes on one device with one build of the kernel library.
+
+    batch: pictures of the transformer calls that a search is to make cheap.
+    """
 
     device: str
     kernel: str
     prices: tuple[Price, ...]
+    batch: int = 1
 
     def find(self, module: AttentionModule, rows: int) -> Price:
-        """Return a module's prices; raise ArrowheadError where its shape was not measured."""
-        wanted = shape_of(module, rows)
+        """Return a module's prices; raise ArrowheadError where its shape was not measured.
+
+        rows: of the transformer call for one picture.
+        """
+        wanted = shape_of(module, rows * self.batch)
         for price in self.prices:
             if price.shape == wanted:
                 return price
@@ -66,7 +73,8 @@ class Prices:
             f"prices of {module.name}",
             got=known,
             expected=_text(wanted),
-            fix="measure them on the device: arrowhead bench attention --price",
+            fix="measure them on the device: arrowhead bench attention --price --plan PLAN --batch "
+            f"{self.batch}",
         )
 
     def worthwhile(

@@ -8,6 +8,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from plans.accounting import account
 from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort
 from plans.errors import atomic_write
+from plans.gradients import Gradients
+from plans.importance import GRADIENT, HEAD, Energies
 from plans.plan import Plan
 from plans.recorder import Recorder, pooled_errors
 from plans.strategies import MeasureHeads
@@ -29,10 +32,14 @@ Progress = Callable[[str, int, int, float], None]  # stage, steps done, steps, s
 
 
 class Run(NamedTuple):
-    """What one group's run showed: of its plan's heads, and of every mode (None: not recorded)."""
+    """What one group's run showed: of its plan's heads, and of every mode (None: not recorded).
+
+    energies: what weights of errors are told from, where they were asked for (plans.importance).
+    """
 
     measured: Moments
     recorded: Moments | None
+    energies: Moments | None = None
 
 
 class Scratch:
@@ -81,16 +88,16 @@ class Scratch:
 
 
 def _flatten(run: Run) -> Moments:
-    parts = zip(("measured", "recorded"), run, strict=True)
+    parts = zip(Run._fields, run, strict=True)
     return {f"{part}.{k}": v for part, arrays in parts if arrays for k, v in arrays.items()}
 
 
 def _unflatten(arrays: Moments) -> Run:
-    parts: dict[str, Moments] = {"measured": {}, "recorded": {}}
+    parts: dict[str, Moments] = {part: {} for part in Run._fields}
     for name, array in arrays.items():
         part, _, key = name.partition(".")
         parts[part][key] = array
-    return Run(parts["measured"], parts["recorded"] or None)
+    return Run(parts["measured"], parts["recorded"] or None, parts["energies"] or None)
 
 
 class Runs:
@@ -117,10 +124,16 @@ class Runs:
             plan.modules, self._candidates, plan.steps, AGES, self._effort.sample_tokens
         )
 
-    def run(self, plan: Plan, stage: str, group: int, record: bool) -> Run:
-        """Run one group with the plan and measure it; record what every other mode would err."""
+    def run(self, plan: Plan, stage: str, group: int, record: bool, weighing: str = HEAD) -> Run:
+        """Run one group with the plan and measure it; record what every other mode would err.
+
+        weighing: take down what these weights of errors are told from; the plan is all full then.
+        """
         return self._scratch.run(
-            plan, f"{stage} {record}", group, lambda: self._run(plan, stage, group, record)
+            plan,
+            f"{stage} {record}",
+            group,
+            lambda: self._run(plan, stage, group, record, weighing),
         )
 
     def errors(self, plan: Plan, stage: str) -> Floats:
@@ -128,19 +141,31 @@ class Runs:
         runs = [self.run(plan, stage, i, False).measured for i in range(len(self.groups))]
         return pooled_errors(runs)[:, :, 0]
 
-    def _run(self, plan: Plan, stage: str, group: int, record: bool) -> Run:
+    def _run(self, plan: Plan, stage: str, group: int, record: bool, weighing: str) -> Run:
         recorder = self.recorder(plan) if record else None
-        strategy = MeasureHeads(plan, recorder, self._effort.sample_tokens)
+        watcher = self._watcher(plan, weighing)
+        energies = watcher if isinstance(watcher, Energies) else None
+        strategy = MeasureHeads(plan, recorder, self._effort.sample_tokens, energies)
         saved = account(plan, 1)["per_step"]
 
         def step_done(step: int) -> None:
             self._report(stage, step + 1, plan.steps, sum(saved[: step + 1]) / (step + 1))
 
         settings = self.groups[group]
-        denoise(self._pipe, settings, plan.modules, strategy, step_done)
+        with nullcontext() if watcher is None else watcher.attached():
+            denoise(self._pipe, settings, plan.modules, strategy, step_done)
         pictures = np.array(float(settings.pictures))
         recorded = None if recorder is None else {**recorder.moments(), "pictures": pictures}
-        return Run({**strategy.measured(), "pictures": pictures}, recorded)
+        told = None if watcher is None else watcher.energies()
+        return Run({**strategy.measured(), "pictures": pictures}, recorded, told)
+
+    def _watcher(self, plan: Plan, weighing: str) -> Energies | Gradients | None:
+        transformer, modules, sampler = self._pipe.transformer, plan.modules, plan.sampler
+        if weighing == HEAD:
+            return None
+        if weighing == GRADIENT:
+            return Gradients(transformer, modules, sampler.guidance_scale if sampler.cfg else None)
+        return Energies(transformer, modules, plan.steps)
 
 
 def fingerprint(settings: Denoising) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from plans.models import AttentionModule
 
 # On Hopper cuDNN's takes little more than half of the time of what PyTorch would choose.
-_BACKENDS = [
+BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -21,11 +21,17 @@ _BACKENDS = [
 ]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    backends: Sequence[SDPBackend] = BACKENDS,
+) -> Tensor:
     """Attend [B, rows, H, D] to [B, keys, H, D]; fp32 on a CPU, in any case accumulated in it."""
     qt, kt, vt = (_exact(x).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cuda":
-        with sdpa_kernel(_BACKENDS, set_priority=True):
+        with sdpa_kernel(list(backends), set_priority=True):
             out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask)
     else:
         out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask)

@@ -18,7 +18,8 @@ from plans.check import check_plan
 from plans.denoising import Denoising, Prompts, dense_plan_of
 from plans.effort import BY_SIZE, Effort, Wanted, check_memory, effort_for
 from plans.errors import ArrowheadError
-from plans.methods import Search
+from plans.importance import ERROR_WEIGHTS, HEAD
+from plans.methods import Found, Search
 from plans.models import AttentionModule
 from plans.plan import Plan
 from plans.prices import Prices
@@ -52,6 +53,7 @@ def search_plan(
     seed: int = 0,
     wanted: Wanted = BY_SIZE,
     prices: Prices | None = None,
+    error_weights: str = HEAD,
     source: Path | str | None = None,
     revision: str | None = None,
     scratch: Path | None = None,
@@ -67,6 +69,7 @@ def search_plan(
     modes and the schedule together (plans.buckets); "progressive" is DiTFastAttnV2's, step by step,
     with a graph for each step; it is also what "joint" does where there may be as many buckets as
     steps. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
+    error_weights: what errors are multiplied by before they are bounded (plans.importance).
     scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
     keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
     """
@@ -78,21 +81,25 @@ def search_plan(
     effort = _effort(bare, settings, wanted, together=method == "progressive")
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
     search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor), effort, prices,
-                    progress or (lambda *_: None))  # fmt: skip
+                    progress, weighing=error_weights)  # fmt: skip
     memory = search.memory()
     check_memory(memory, pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
         divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
-        sample_tokens=effort.sample_tokens,
+        sample_tokens=effort.sample_tokens, error_weights=error_weights,
     )  # fmt: skip
     search.begin(Scratch(scratch, _identity(settings, bare, effort, asked), resume))
     found = search.joint(max_buckets, keep_tables) if method == "joint" else search.progressive()
     search.scratch.clear()
-    seconds = round(time.perf_counter() - begin, 3)
-    record = _run_record(pipe, settings) | asked | {"memory_bytes": memory, "seconds": seconds}
-    record |= search.priced(found.plan) | found.record()
-    return replace(found.plan, search=record, accounting=account(found.plan, _rows(bare)))
+    record = _run_record(pipe, settings, error_weights) | asked | {"memory_bytes": memory}
+    return _finished(found, record | search.priced(found.plan), begin)
+
+
+def _finished(found: Found, record: dict[str, Any], begin: float) -> Plan:
+    """Return the plan with its record, the time since `begin` in it, and what it saves."""
+    record = record | {"seconds": round(time.perf_counter() - begin, 3)} | found.record()
+    return replace(found.plan, search=record, accounting=account(found.plan, _rows(found.plan)))
 
 
 def _rows(plan: Plan) -> int:
@@ -147,6 +154,7 @@ def measure_plan(
     repair: bool = False,
     delta: float | None = None,
     cap_factor: float | None = None,
+    error_weights: str | None = None,
     max_sequence_length: int | None = None,
     seed: int = 0,
     wanted: Wanted = BY_SIZE,
@@ -155,32 +163,34 @@ def measure_plan(
 ) -> Plan:
     """Run a plan that was carried or edited, and return it with what its heads err on record.
 
-    repair: heads are raised, and the plan run again, until the bounds hold: delta and cap_factor,
-    by default those that its record names. Raises ArrowheadError where the plan does not fit the
-    pipeline, or is to be repaired within bounds that nobody names.
+    repair: heads are raised, and the plan run again, until the bounds hold: delta and cap_factor.
+    Errors are multiplied by error_weights, of a run in full here. All three are by default those
+    that its record names. Raises ArrowheadError where the plan does not fit the pipeline, or is to
+    be repaired within bounds that nobody names.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, plan.steps, plan.height, plan.width,
                          plan.sampler.guidance_scale, max_sequence_length, seed)  # fmt: skip
     before = plan.search or {}
     bounds = _bounds_of(before, delta, cap_factor, repair)
+    weights = error_weights or before.get("error_weights", HEAD)
     bare = dense_plan_of(pipe, settings, plan.block, None, None)
     check_plan(plan, spec_of(bare), bare.sampler)
     effort = _effort(bare, settings, wanted, together=False)
     divisors = before.get("divisors", DIVISORS)
     arrows = {m.name: candidate_half_windows(m.layout, divisors) for m in plan.modules}
-    search = Search(pipe, settings, bare, arrows, bounds, effort, None,
-                    progress or (lambda *_: None))  # fmt: skip
+    search = Search(pipe, settings, bare, arrows, bounds, effort, None, progress,
+                    weighing=weights)  # fmt: skip
     check_memory(search.memory(), pipe, announce)
     search.begin(Scratch(None, {}, False))
-    found = search.kept_within(plan) if repair else search.measured(plan)
-    record = before | _run_record(pipe, settings) | {"sample_tokens": effort.sample_tokens}
+    found = search.repaired(plan) if repair else search.measured(plan)
+    record = before | _run_record(pipe, settings, weights)
+    record |= {"sample_tokens": effort.sample_tokens, "error_weights": weights}
     if bounds.delta < math.inf:
         record |= {"delta": bounds.delta, "cap_factor": bounds.cap_factor}
         record["within_bounds"] = not bounds.broken(plan.modules, found.errors)
-    record |= {"seconds": round(time.perf_counter() - begin, 3)} | found.record()
     record.pop("prices", None)  # they were of the plan that the search found
-    return replace(found.plan, search=record, accounting=account(found.plan, _rows(bare)))
+    return _finished(found, record, begin)
 
 
 def _bounds_of(
@@ -252,12 +262,12 @@ def _candidate_modes(
     return (*arrows, CACHED) if "cache" in candidates else arrows
 
 
-def _run_record(pipe: Any, settings: Denoising) -> dict[str, Any]:
+def _run_record(pipe: Any, settings: Denoising, weights: str) -> dict[str, Any]:
     prompts: list[str] | str = f"{settings.pictures} precomputed embeddings"
     if not isinstance(settings.prompts, Mapping):
         prompts = list(settings.prompts)
     return {
-        "metric": METRIC,
+        "metric": METRIC + ERROR_WEIGHTS[weights],
         "prompts": prompts,
         "seed": settings.seed,
         "guidance_scale": settings.guidance_scale,

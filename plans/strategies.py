@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plans import ops
+from plans.importance import Energies
 from plans.models import AttentionModule
 from plans.plan import Plan
 from plans.recorder import Recorder, Savings
@@ -78,6 +79,7 @@ class ChooseHeads(_Heads):
     """Score every head and candidate at every step but the first, and go on with the best choice.
 
     This is DiTFastAttnV2's own search (arXiv 2503.22796): step by step, in execution order.
+    weights: what errors are multiplied by, where not by 1.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ChooseHeads(_Heads):
         delta: float,
         cap_factor: float,
         image_tokens: int = SAMPLE_TOKENS,
+        weights: HeadErrors | None = None,
     ) -> None:
         super().__init__(
             modules, frozenset(n for n, modes in candidates.items() if CACHED in modes)
@@ -98,6 +101,7 @@ class ChooseHeads(_Heads):
         self._delta = delta
         self._cap_factor = cap_factor
         self._tokens = image_tokens
+        self._weights = weights
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
@@ -110,8 +114,11 @@ class ChooseHeads(_Heads):
         modes: Sequence[int] = [FULL] * module.heads
         if self.step:
             errors = self._errors(module, q, k, v)
-            scores = [{mode: row[head] for mode, row in errors.items()} for head in
-                      range(module.heads)]  # fmt: skip
+            weights = [1.0] * module.heads
+            if self._weights is not None:
+                weights = self._weights[self.step][module.name]
+            scores = [{mode: row[head] * weight for mode, row in errors.items()} for head, weight in
+                      enumerate(weights)]  # fmt: skip
             modes = self._choose(module, scores)
         self.modes[self.step][module.name] = tuple(modes)
         return self._merge(module, modes, q, k, v)
@@ -138,15 +145,23 @@ class ChooseHeads(_Heads):
 
 
 class MeasureHeads(_Heads):
-    """Do what a plan says and note how far each head's output is from its full attention."""
+    """Do what a plan says and note how far each head's output is from its full attention.
+
+    energies: takes down what heads add to the residual streams, of a plan that is all full.
+    """
 
     def __init__(
-        self, plan: Plan, recorder: Recorder | None = None, image_tokens: int = SAMPLE_TOKENS
+        self,
+        plan: Plan,
+        recorder: Recorder | None = None,
+        image_tokens: int = SAMPLE_TOKENS,
+        energies: Energies | None = None,
     ) -> None:
         cached = {n for b in plan.buckets for n, modes in b.modes.items() if CACHED in modes}
         super().__init__(plan.modules, frozenset(cached))
         self._plan = plan
         self._recorder = recorder
+        self._energies = energies
         self._tokens = image_tokens
         self._moments: list[list[Moments]] = [[] for _ in range(plan.steps)]
 
@@ -166,6 +181,8 @@ class MeasureHeads(_Heads):
         self._moments[self.step].append(moments([ours[None]], seen, sample.weights))
         if self._recorder is not None:
             self._recorder.note(self.step, module, q, k, v, seen)
+        if self._energies is not None:
+            self._energies.note(self.step, module, sample, seen)
         return merged
 
     def measured(self) -> dict[str, NDArray[np.float64]]:

@@ -24,7 +24,8 @@ class HeadTables:
     full output of 1..A steps before; infinite where there is none. arrow_saving: [R, W] and
     cached_saving: [R], query/key pairs a step. A step that reads a cache errs by the cache's age
     and by the arrow it was computed with, as if the two were uncorrelated; times drift, [N, R],
-    how much more it turned out to be.
+    how much more it turned out to be. weights: [N, R], what every error of a step is multiplied by
+    (plans.importance).
     """
 
     heads: tuple[int, ...]  # of each module
@@ -34,6 +35,7 @@ class HeadTables:
     arrow_saving: Floats
     cached_saving: Floats
     drift: Floats = field(default_factory=lambda: np.ones((1, 1)))
+    weights: Floats = field(default_factory=lambda: np.ones((1, 1)))
 
     @property
     def steps(self) -> int:
@@ -48,12 +50,14 @@ class HeadTables:
         """Return the tables of one module's heads."""
         first, heads = int(self.starts[index]), self.heads[index]
         rows = slice(first, first + heads)
-        drift = np.broadcast_to(self.drift, self.arrow.shape[:2])
+        drift, weights = (
+            np.broadcast_to(x, self.arrow.shape[:2]) for x in (self.drift, self.weights)
+        )
         return HeadTables(
             heads=(heads,), windows=self.windows,
             arrow=self.arrow[:, rows], cached=self.cached[:, rows],
             arrow_saving=self.arrow_saving[rows], cached_saving=self.cached_saving[rows],
-            drift=drift[:, rows],
+            drift=drift[:, rows], weights=weights[:, rows],
         )  # fmt: skip
 
 
@@ -68,7 +72,9 @@ def load_tables(path: Path) -> HeadTables:
     """Read what save_tables wrote; raises ArrowheadError for another kind of file."""
     try:
         with np.load(path) as arrays:
-            found = {f.name: arrays[f.name] for f in fields(HeadTables)}
+            # Files of older searches have no weights: they were 1.
+            names = [f.name for f in fields(HeadTables) if f.name in arrays or f.name != "weights"]
+            found = {name: arrays[name] for name in names}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ArrowheadError(
             f"tables {path}",

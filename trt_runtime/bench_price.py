@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 
 from plans.models import AttentionModule
-from plans.prices import Price, Prices, Shape, fit, shape_of
+from plans.prices import (
+    Price,
+    Prices,
+    Shape,
+    fit,
+    load_prices,
+    merged,
+    save_prices,
+    shape_of,
+)
 from plans.tiles import CACHED, FULL, TokenLayout, candidate_half_windows
 from plugins.torch.library import build_id
 from trt_runtime.attention_cases import KERNELS, Case, Mix
@@ -69,6 +78,21 @@ def measure_prices(
         prices.append(price(shape, *_measure(shape, divisors, launches, rounds)))
         torch.cuda.empty_cache()
     return Prices(device_name("cuda"), build_id(), tuple(prices))
+
+
+def complete(
+    path: Path, shapes: Sequence[Shape], progress: Callable[[str, int, int], None] | None = None
+) -> Prices:
+    """Load a file of prices; shapes that it lacks are measured here first, and added to it."""
+    known = load_prices(path) if path.is_file() else None
+    have = {price.shape for price in known.prices} if known is not None else set()
+    missing = [shape for shape in shapes if shape not in have]
+    if known is not None and not missing:
+        return known
+    found = measure_prices(missing, progress=progress)
+    found = found if known is None else merged(known, found)
+    save_prices(found, path)
+    return found
 
 
 def prices_file(folder: Path) -> Path:

@@ -30,7 +30,7 @@ def add_attention(actions: Verbs) -> None:
         "  arrowhead bench attention --case flux-2k --implementation arrowhead sdpa-cudnn \\\n"
         "      --launches 400 --json attention.json --plot roofline.png\n"
         "  arrowhead bench attention --price --case flux-2k\n"
-        "  arrowhead bench attention --price prices.json --plan plan.json",
+        "  arrowhead bench attention --price prices.json --plan plan.json --batch 8",
     )
     parser.add_argument(
         "--case",
@@ -70,6 +70,13 @@ def add_attention(actions: Verbs) -> None:
         metavar="PLAN",
         help="with --price: the shapes of this plan's modules, in place of --case",
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --plan: pictures of a transformer call (default 1)",
+    )
     add_json(parser)
 
 
@@ -89,7 +96,7 @@ def _price(arguments: argparse.Namespace) -> int:
     path = Path(arguments.price) if arguments.price else prices_file(cache_folder())
     if arguments.plan is not None:
         plan = load_plan(arguments.plan)
-        shapes = shapes_of(plan.modules, 2 if plan.sampler.cfg else 1)
+        shapes = shapes_of(plan.modules, arguments.batch * (2 if plan.sampler.cfg else 1))
     else:
         shapes = [shape_of_case(CASES[name]) for name in arguments.case]
     with progress_bar() as progress:

@@ -19,7 +19,7 @@ from trt_runtime.cli_common import (
     prompts_of,
 )
 from trt_runtime.cli_plan_show import show_plan
-from trt_runtime.cli_search import add_device, add_sampling
+from trt_runtime.cli_search import add_device, add_error_weights, add_sampling
 
 RULE = """
 the rule:
@@ -85,6 +85,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cap-factor", type=float, metavar="C", help="a head may err by C * delta / heads"
     )
+    add_error_weights(parser, None)
     add_prompts(parser)
     parser.add_argument("--seed", type=int, default=0)
     for name, text in (
@@ -192,6 +193,7 @@ def _measured(plan: Plan, pipe: Any, arguments: argparse.Namespace) -> Plan:
             repair=arguments.repair,
             delta=arguments.delta,
             cap_factor=arguments.cap_factor,
+            error_weights=arguments.error_weights,
             max_sequence_length=pipeline_kwargs(plan, pipe)["max_sequence_length"],
             seed=arguments.seed,
             wanted=Wanted(

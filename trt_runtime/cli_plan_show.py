@@ -94,10 +94,13 @@ def _worst(record: dict[str, Any], errors: dict[str, list[float]]) -> str:
     kept = f", over delta at {over} steps" if over else ""
     if not over and record.get("within_bounds") is False:
         kept = ", a head over its cap"
+    weights = record.get("error_weights", "head")
+    weighted = "" if weights == "head" else f" (weights: {weights})"
     said = f"{len(prompts)} prompts" if isinstance(prompts, list) else prompts or "prompts unknown"
     return (
         f"search: delta {delta}, largest {record.get('basis', 'measured')} error of a step and "
-        f"module {worst:.4g} (step {-step}, {name}){kept}; {said}, {record.get('seconds')} s"
+        f"module {worst:.4g}{weighted} (step {-step}, {name}){kept}; {said}, "
+        f"{record.get('seconds')} s"
     )
 
 

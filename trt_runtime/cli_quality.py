@@ -8,11 +8,20 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plans.errors import ArrowheadError
-from trt_runtime.cli_common import Verbs, add_verb, progress_bar, prompts_of, show_table
+from plans.prices import Prices
+from trt_runtime.cli_common import (
+    Verbs,
+    add_verb,
+    cache_folder,
+    progress_bar,
+    prompts_of,
+    show_table,
+)
 from trt_runtime.quality_settings import DELTAS, THRESHOLDS, VARIANTS, Settings
 
 
@@ -138,6 +147,14 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="bound of the plan of `stacked` (default: the middle one of --deltas)",
     )  # fmt: skip
     parser.add_argument(
+        "--prices",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="searches but `paper`, `layer` and `random` save milliseconds of calls of --batch "
+        "pictures, as FILE says (default: this GPU's); shapes it lacks are measured first",
+    )
+    parser.add_argument(
         "--max-buckets", "--buckets", type=int, default=6, metavar="K",
         help="graphs of a plan at most (default 6)",
     )  # fmt: skip
@@ -218,12 +235,26 @@ def _settings(pipe: Any, captions: list[str], arguments: argparse.Namespace) -> 
         fewer_steps=tuple(arguments.fewer_steps),
         thresholds=tuple(arguments.thresholds),
         stacked_delta=arguments.stacked_delta,
+        prices=_prices(pipe, arguments),
         batch=arguments.batch,
         seed=arguments.seed,
         seeds=arguments.seeds,
         source=arguments.model,
         revision=arguments.revision,
     )
+
+
+def _prices(pipe: Any, arguments: argparse.Namespace) -> Prices | None:
+    """Load the prices, and measure those that are missing."""
+    if arguments.prices is None:
+        return None
+    from trt_runtime.bench_price import complete, prices_file, shapes_of
+    from trt_runtime.cli_models import bare_plan
+
+    bare = bare_plan(pipe, arguments)
+    rows = arguments.batch * (2 if bare.sampler.cfg else 1)
+    path = Path(arguments.prices) if arguments.prices else prices_file(cache_folder())
+    return replace(complete(path, shapes_of(bare.modules, rows)), batch=arguments.batch)
 
 
 def _captions(arguments: argparse.Namespace) -> list[str]:

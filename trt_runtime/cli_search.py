@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trt_runtime.cli_common import (
 )
 
 DIVISORS = (8, 16, 32)
+ERROR_WEIGHTS = ("head", "output", "stream", "stream-dt", "gradient")
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, of_plan: bool = False) -> None:
@@ -96,9 +98,11 @@ def add_search(actions: Verbs, run: Callable[[argparse.Namespace], int]) -> None
         help="joint (default): at most --max-buckets graphs, chosen together with their schedule; "
         "progressive: DiTFastAttnV2's own search, step by step, a graph for each step",
     )
+    add_error_weights(parser)
     graphs = "graphs of the joint search at most (default 4)"
     parser.add_argument("--max-buckets", type=int, default=4, metavar="K", help=graphs)
     parser.add_argument("--seed", type=int, default=0)
+    _add_prices(parser)
     _add_effort(parser)
 
 
@@ -119,8 +123,22 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_effort(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say how much is run, where, and what counts as saved."""
+def add_error_weights(parser: argparse.ArgumentParser, default: str | None = "head") -> None:
+    """Argument that says what errors are multiplied by; without a default it is a plan's own."""
+    parser.add_argument(
+        "--error-weights",
+        choices=ERROR_WEIGHTS,
+        default=default,
+        help="what a head's error counts: head (default), alike for all; output: by its share of "
+        "what its module adds to the residual stream; stream: by how much of the stream that is; "
+        "stream-dt: by that and the step's sigma difference; gradient: by how much the prediction "
+        "moves with it, which takes a backward pass a step of one run"
+        + ("" if default else " (default: recorded)"),
+    )
+
+
+def _add_prices(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say what counts as saved."""
     parser.add_argument(
         "--prices",
         nargs="?",
@@ -129,6 +147,17 @@ def _add_effort(parser: argparse.ArgumentParser) -> None:
         help="save milliseconds, as `arrowhead bench attention --price` measured them (default "
         "FILE: this GPU's), and use no mode that is not faster than full (default: save pairs)",
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures of the transformer call that --prices are for (default 1)",
+    )
+
+
+def _add_effort(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say how much is run, and where."""
     parser.add_argument(
         "--rounds",
         type=int,
@@ -187,7 +216,7 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
     prices = None
     if arguments.prices is not None:
         named = Path(arguments.prices) if arguments.prices else prices_file(cache_folder())
-        prices = load_prices(named)
+        prices = replace(load_prices(named), batch=arguments.batch)
     tables = arguments.tables
     if tables is not None:
         make_parent(tables)
@@ -209,6 +238,7 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.sample_tokens,
         ),
         prices=prices,
+        error_weights=arguments.error_weights,
         scratch=cache_folder() / "search",
         resume=arguments.resume,
         keep_tables=None if tables is None else lambda found: save_tables(found, tables),

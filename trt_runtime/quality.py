@@ -13,6 +13,7 @@ import torch
 
 from plans.denoising import Denoising, check_pipeline, dense_plan_of
 from plans.plan import Plan
+from plans.prices import Prices
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.kernels import use_kernels
 from trt_runtime.marks import RESAMPLES, Judge, PerCaption, Verdicts
@@ -164,7 +165,8 @@ def _dense_plan(pipe: Any, settings: Settings) -> Plan:
 
 def _settings_record(pipe: Any, settings: Settings, plan: Plan) -> dict[str, Any]:
     """What two runs must share for their rows to stand in one table."""
-    return {
+    record = {} if settings.prices is None else {"prices": _prices_record(settings.prices, plan)}
+    return record | {
         "model": settings.source,
         "architecture": plan.model.architecture,
         "config_sha256": plan.model.config_sha256,
@@ -189,6 +191,16 @@ def _settings_record(pipe: Any, settings: Settings, plan: Plan) -> dict[str, Any
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "bootstrap_resamples": RESAMPLES,
     }
+
+
+def _prices_record(prices: Prices, plan: Plan) -> dict[str, Any]:
+    """What a head costs in each mode, in milliseconds, by shape; where it was measured."""
+    rows = 2 if plan.sampler.cfg else 1
+    own = list(
+        {id(price): price for price in (prices.find(m, rows) for m in plan.modules)}.values()
+    )
+    costs = [{str(mode): price.of(mode) for mode in sorted(price.attention)} for price in own]
+    return {"device": prices.device, "kernel": prices.kernel, "batch": prices.batch, "ms": costs}
 
 
 def _sha256(lines: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from plans.errors import ArrowheadError
+from plans.prices import Prices
 
 DELTA, STEPS, THRESHOLD = "delta", "steps", "threshold"
 
@@ -34,6 +35,26 @@ VARIANTS = {
         DELTA, "arrow only", "#2a8c82", "^", "The same search without cached heads."
     ),
     "cache": Variant(DELTA, "cache only", "#c9822b", "s", "The same search without arrows."),
+    "output": Variant(
+        DELTA, "weighted in the module", "#4f6db5", "p",
+        "The search of `both` with errors weighted by the head's share of what its module adds to "
+        "the residual stream.",
+    ),
+    "stream": Variant(
+        DELTA, "weighted by the stream", "#7a2f8f", "h",
+        "The search of `both` with errors weighted by the energy that the head adds to the "
+        "residual stream, of the stream's as the module leaves it.",
+    ),
+    "stream-dt": Variant(
+        DELTA, "stream and step size", "#d1495b", "X",
+        "The search of `both` with the weights of `stream` times the square of the step's sigma "
+        "difference.",
+    ),
+    "gradient": Variant(
+        DELTA, "weighted by gradients", "#0f6e4f", "d",
+        "The search of `both` with errors weighted by how much the prediction moves with the "
+        "head's output: one backward pass a step.",
+    ),
     "paper": Variant(
         DELTA, "published rule", "#b23a48", "D",
         "DiTFastAttnV2's rule: step by step, one bound delta for all modules and steps, "
@@ -84,7 +105,8 @@ class Settings:
     seeds: pictures of a caption; the second noise of all captions follows the first. calibration:
     the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
     step counts of the variant "steps"; none: FEWER_STEPS of `steps`. thresholds: of the peers;
-    stacked_delta: of the plan that runs with one; none: the middle one of deltas.
+    stacked_delta: of the plan that runs with one; none: the middle one of deltas. prices: of calls
+    of `batch` pictures; the searches that save attention FLOPs then save milliseconds.
     """
 
     captions: tuple[str, ...]
@@ -101,6 +123,7 @@ class Settings:
     fewer_steps: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = THRESHOLDS
     stacked_delta: float | None = None
+    prices: Prices | None = None
     batch: int = 8
     seed: int = 0
     seeds: int = 1

@@ -61,6 +61,7 @@ class Planner:
     def search(self, delta: float, **how: Any) -> Plan:
         """Search with plans.search."""
         settings = self.settings
+        how = {"prices": settings.prices} | how
         return search_plan(
             self.pipe, settings.calibration, steps=settings.steps, height=settings.height,
             width=settings.width, delta=delta, block=settings.block,
@@ -110,7 +111,11 @@ _SEARCHES: dict[str, Callable[[Planner, float], Plan]] = {
     OURS: Planner.search,
     "arrow": partial(Planner.search, candidates=("arrow",)),
     "cache": partial(Planner.search, candidates=("cache",)),
-    "paper": partial(Planner.search, method="progressive"),
+    "output": partial(Planner.search, error_weights="output"),
+    "stream": partial(Planner.search, error_weights="stream"),
+    "stream-dt": partial(Planner.search, error_weights="stream-dt"),
+    "gradient": partial(Planner.search, error_weights="gradient"),
+    "paper": partial(Planner.search, method="progressive", prices=None),
     "layer": Planner.layerwise,
     "random": Planner.shuffled,
 }

@@ -237,11 +237,50 @@ def test_tables_come_back_from_their_file(tmp_path: Path) -> None:
     save_tables(tables, tmp_path / "tables.npz")
     back = load_tables(tmp_path / "tables.npz")
     assert back.heads == tables.heads and back.windows == tables.windows
-    for name in ("arrow", "cached", "arrow_saving", "cached_saving", "drift"):
+    for name in ("arrow", "cached", "arrow_saving", "cached_saving", "drift", "weights"):
         np.testing.assert_array_equal(getattr(back, name), getattr(tables, name))
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ArrowheadError, match="tables .*other.npz"):
         load_tables(tmp_path / "other.npz")
+
+
+def test_tables_of_older_files_weigh_all_errors_alike(tmp_path: Path) -> None:
+    tables = _tables(steps=3, heads=[2], ages=1, seed=0)
+    save_tables(tables, tmp_path / "tables.npz")
+    with np.load(tmp_path / "tables.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays.files if name != "weights"}
+    np.savez(tmp_path / "older.npz", **kept)
+    np.testing.assert_array_equal(load_tables(tmp_path / "older.npz").weights, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_weights_multiply_all_errors_of_their_step(seed: int) -> None:
+    """That a cache errs by the arrow it was written with counts at the step that reads it."""
+    tables = _tables(steps=6, heads=[3, 2], ages=3, seed=seed)
+    weights = 10 ** np.random.default_rng(seed).uniform(-1, 1, (6, 5))
+    weighted = replace(tables, weights=weights)
+    for buckets in (2, 3, 6):
+        choice = choose_buckets(weighted, 0.3, 1.5, buckets)
+        errors = weights * _errors(tables, choice.modes, choice.schedule)
+        np.testing.assert_allclose(_Judge(weighted, 0.3, 1.5).errors_of(choice), errors)
+        assert _legal(tables, errors, 0.3, 1.5)
+        cap = np.repeat(1.5 * 0.3 / np.array([3, 2]), [3, 2])
+        alone = replace(weighted, heads=(1,) * 5)
+        judged = _Judge(alone, 1e9, 1e9)
+        judged._cap = cap
+        assert Estimate(weighted, cap).saving(choice.schedule) == pytest.approx(
+            judged.saving(choice.schedule), rel=1e-4
+        )
+        assert choice.saving <= per_step(weighted, 0.3, 1.5).bound * (1 + 1e-9)
+
+
+def test_a_weight_of_all_is_a_bound_divided_by_it() -> None:
+    tables = _tables(steps=6, heads=[3, 2], ages=3, seed=1)
+    weighted = replace(tables, weights=np.full((6, 5), 4.0))
+    ours, plain = choose_buckets(weighted, 0.8, 1.5, 3), choose_buckets(tables, 0.2, 1.5, 3)
+    assert ours.schedule == plain.schedule and (ours.modes == plain.modes).all()
+    bounds = per_step(weighted, 0.8, 1.5).bound, per_step(tables, 0.2, 1.5).bound
+    assert bounds[0] == pytest.approx(bounds[1])
 
 
 def test_no_buckets_are_refused() -> None:

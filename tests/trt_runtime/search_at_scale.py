@@ -29,7 +29,7 @@ from plans.denoising import Denoising, dense_plan_of
 from plans.effort import AGES, Effort, effort_for
 from plans.plan import Bucket, Plan
 from plans.runs import Runs, Scratch
-from plans.scores import _BACKENDS
+from plans.scores import BACKENDS
 from plans.search import search_plan
 from plans.tables import HeadTables
 from plans.tiles import CACHED, FULL, candidate_half_windows
@@ -158,7 +158,7 @@ def tables_like(bare: Plan, seed: int = 0) -> HeadTables:
 
 def plain_ms(pipe: Any, settings: Denoising, clock: Clock) -> float:
     """A step of the stock pipeline on one prompt, attention by what the search has, too."""
-    with sdpa_kernel(_BACKENDS, set_priority=True) if _on_gpu(pipe) else nullcontext():
+    with sdpa_kernel(BACKENDS, set_priority=True) if _on_gpu(pipe) else nullcontext():
         return clock.median(lambda: pipe(**settings.arguments()))
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from plans.prices import Prices, load_prices, save_prices
+from plans.errors import ArrowheadError
+from plans.plan import save_plan
+from plans.prices import Price, Prices, Shape, load_prices, save_prices
 from plans.tiles import CACHED, FULL
+from tests import tiny
 from trt_runtime import bench_price
 from trt_runtime.attention_cases import CASES
 from trt_runtime.bench_price import (
     _counts,
     _projection,
+    complete,
     head_counts,
     price,
     price_mixes,
@@ -72,6 +77,48 @@ def test_measured_prices_join_the_file_and_are_shown(
     out = capsys.readouterr().out
     assert "a GPU" in out and "hw4" in out and str(path) in out
     assert len(table(prices)) == 10
+
+
+def test_a_plans_shapes_are_priced_at_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Shape] = []
+
+    def measured(shapes: list[Shape], **_: object) -> Prices:
+        seen.extend(shapes)
+        return Prices("a GPU", "0123", tuple(Price(s, {FULL: 1.0}, 0.1) for s in shapes))
+
+    monkeypatch.setattr(bench_price, "measure_prices", measured)
+    plan = tiny.random_plan(tiny.tiny_sd3())
+    save_plan(plan, tmp_path / "plan.json")
+    file = tmp_path / "prices.json"
+    command = ["bench", "attention", "--price", str(file), "--plan", str(tmp_path / "plan.json")]
+    assert main([*command, "--batch", "5"]) == 0
+    assert {shape.rows for shape in seen} == {10}
+    prices = replace(load_prices(file), batch=5)
+    assert prices.find(plan.modules[0], 2).shape in seen
+    with pytest.raises(ArrowheadError, match="--plan PLAN --batch 4"):
+        replace(prices, batch=4).find(plan.modules[0], 2)
+
+
+def test_shapes_that_a_file_lacks_are_measured_and_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    cases = {name: shape_of_case(CASES[name]) for name in ("flux-2k", "sd3-2k", "sd3-1k")}
+
+    def measured(shapes: list[Shape], **_: object) -> Prices:
+        asked.append([name for name, shape in cases.items() if shape in shapes])
+        return Prices("a GPU", "0123", tuple(Price(s, {FULL: 1.0}, 0.1) for s in shapes))
+
+    monkeypatch.setattr(bench_price, "measure_prices", measured)
+    file = tmp_path / "new" / "prices.json"
+    complete(file, [cases["flux-2k"]])
+    complete(file, [cases["flux-2k"], cases["sd3-1k"]])
+    found = complete(file, list(cases.values())[::2])
+    assert asked == [["flux-2k"], ["sd3-1k"]]
+    assert {price.shape for price in found.prices} == {cases["flux-2k"], cases["sd3-1k"]}
+    assert load_prices(file) == found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from plans import importance
 from plans.plan import Plan, load_plan, save_plan
 from tests import tiny
 from tests.trt_runtime.conftest import Made
+from trt_runtime import cli_search
 from trt_runtime.cli import main, parser
 
 
@@ -146,6 +148,29 @@ def test_search_writes_a_plan_that_fits_its_model(
     model = str(folder.parent / "model")
     assert main(["plan", "check", str(target), "--model", model]) == 0
     assert f"fits {model}" in capsys.readouterr().out
+
+
+def test_error_weights_are_searched_with_kept_and_measured(
+    torch_bundle: Callable[[str], Made],
+    prompts_without_encoders: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tuple(importance.ERROR_WEIGHTS) == cli_search.ERROR_WEIGHTS
+    folder, _, _ = torch_bundle("flux")
+    target = tmp_path / "plan.json"
+    command = ["plan", "search", *sampling(folder), "--prompt", "a cat", "--delta", "0.5",
+               "--divisors", "2", "4", "--max-buckets", "3", "--output", str(target),
+               "--error-weights", "stream-dt"]  # fmt: skip
+    assert main(command) == 0
+    assert "(weights: stream-dt)" in capsys.readouterr().out
+    found = load_plan(target).search
+    assert found is not None and found["error_weights"] == "stream-dt"
+    for more, weights in (([], "stream-dt"), (["--error-weights", "output"], "output")):
+        assert main(["plan", "measure", str(target), "--prompt", "a cat", *more]) == 0
+        record = load_plan(target).search
+        assert record is not None and record["error_weights"] == weights
+        assert (record["errors"] == found["errors"]) == (weights == "stream-dt")
 
 
 def test_search_keeps_its_tables_and_buckets_are_compared(

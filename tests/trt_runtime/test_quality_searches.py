@@ -1,0 +1,75 @@
+"""Searches of `bench quality` that weight errors or save milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plans.errors import ArrowheadError
+from plans.plan import load_plan
+from plans.prices import Price, Prices, save_prices, shape_of
+from plans.tiles import CACHED, FULL
+from tests import tiny
+from tests.trt_runtime.conftest import Made
+from tests.trt_runtime.test_quality import base_settings, verdicts
+from trt_runtime.cli import parser
+from trt_runtime.cli_quality import _prices
+from trt_runtime.pipeline import load_source_pipeline
+from trt_runtime.quality import measure_quality
+
+
+@pytest.fixture
+def pipe(torch_bundle: Callable[[str], Made], prompts_without_encoders: None) -> Any:
+    folder, _, _ = torch_bundle("sd3")
+    return load_source_pipeline(str(folder.parent / "model"), dtype=torch.float32)
+
+
+def test_searches_with_other_weights_and_with_prices(pipe: Any, tmp_path: Path) -> None:
+    variants = ("both", "output", "stream", "stream-dt", "gradient", "paper")
+    settings = base_settings(deltas=(0.8,), variants=variants, fewer_steps=())
+    report = measure_quality(pipe, settings, tmp_path / "plain", verdicts=verdicts)
+    records = [load_plan(tmp_path / "plain" / row["plan"]).search for row in report["rows"]]
+    weights = [record["error_weights"] for record in records if record is not None]
+    assert weights == ["head", "output", "stream", "stream-dt", "gradient", "head"]
+    assert "prices" not in report["settings"] and not any("prices" in r for r in records if r)
+
+    modules = load_plan(tmp_path / "plain" / report["rows"][0]["plan"]).modules
+    shapes = {shape_of(module, 2 * settings.batch) for module in modules}
+    cost = {FULL: 1.0, CACHED: 0.1} | {window: 2.0 for window in range(5)}
+    prices = Prices("a GPU", "0123", tuple(Price(s, cost, 0.2) for s in shapes), settings.batch)
+    priced = replace(settings, variants=("both", "paper"), prices=prices)
+    report = measure_quality(pipe, priced, tmp_path / "priced", verdicts=verdicts)
+    told = report["settings"]["prices"]
+    assert (told["device"], told["batch"]) == ("a GPU", settings.batch)
+    assert told["ms"][0]["-2"] == pytest.approx(0.1)
+    ours, paper = (load_plan(tmp_path / "priced" / row["plan"]) for row in report["rows"])
+    modes = {mode for b in ours.buckets for row in b.modes.values() for mode in row}
+    assert modes <= {FULL, CACHED} and ours.search is not None and paper.search is not None
+    assert ours.search["prices"]["batch"] == settings.batch and "prices" not in paper.search
+    with pytest.raises(ArrowheadError, match="settings of .*prices"):
+        measure_quality(pipe, replace(priced, prices=None), tmp_path / "priced", resume=True)
+
+
+def test_prices_are_those_of_the_batch(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prices.json"
+    arguments = parser().parse_args(
+        [
+            "bench", "quality", "--model", "m", "--prompts", "p", "--output", "o", "--batch", "3",
+            "--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--block", str(tiny.BLOCK),
+            "--num-inference-steps", "3", "--prices", str(file),
+        ]
+    )  # fmt: skip
+    modules = tiny.spec_of(pipe.transformer).modules
+    shapes = {shape_of(module, 6) for module in modules}
+    cost = {FULL: 1.0, CACHED: 0.1}
+    save_prices(Prices("a GPU", "0123", tuple(Price(s, cost, 0.2) for s in shapes)), file)
+    found = _prices(pipe, arguments)
+    assert found is not None and found.batch == 3
+    assert found.find(modules[0], 2).shape.rows == 6
+    arguments.prices = None
+    assert _prices(pipe, arguments) is None
