@@ -50,6 +50,7 @@ class Search:
         effort: Effort,
         prices: Prices | None,
         report: Progress,
+        first_step: str = "full",
     ) -> None:
         self._pipe = pipe
         self._settings = settings
@@ -58,6 +59,7 @@ class Search:
         self._effort = effort
         self._prices = prices
         self._report = report
+        self._first_step = first_step
         self._candidates: dict[str, tuple[int, ...]] = {}
         self._savings: Savings = {}
         self.rows_per_picture = 2 if bare.sampler.cfg else 1
@@ -163,7 +165,7 @@ class Search:
         aim = self._bounds.delta * (_AIM ** (broken + 1) if broken else 1)
         dense = self._settings.steps * self._dense()
         return choose_buckets(
-            tables, aim, self._bounds.cap_factor, max_buckets,
+            tables.under(self._first_step), aim, self._bounds.cap_factor, max_buckets,
             start=None if before is None else before.schedule,
             progress=lambda i, n, saved: self._report("choose", i, n, saved / dense),
         )  # fmt: skip
@@ -203,7 +205,7 @@ class Search:
         bare = self._bare
         strategy = ChooseHeads(
             bare.modules, self._candidates, self._savings, *self._bounds,
-            self._effort.sample_tokens,
+            self._effort.sample_tokens, self._first_step,
         )  # fmt: skip
         dense = self._dense()
 

@@ -17,6 +17,7 @@ from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
 from plans.processors import BucketHeads, install
 from plans.scores import counted, relative_squared_errors
 from plans.search import measure
+from plans.tables import FIRST_STEPS
 from plans.tiles import CACHED, FULL, TokenLayout
 from tests.tiny import (
     TEXT_TOKENS,
@@ -152,6 +153,31 @@ def test_errors_leave_discarded_text_out() -> None:
     assert errors(False) == [0.0, torch.inf]
 
 
+@pytest.mark.parametrize("method", ["joint", "progressive"])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_arrows_in_the_first_step_are_searched_and_measured(kind: str, method: str) -> None:
+    pipe, prompts = sd3_pipeline() if kind == "sd3" else flux_pipeline()
+    both = [
+        search(pipe, prompts, delta=2.0, method=method, max_buckets=2, first_step=rule)
+        for rule in FIRST_STEPS
+    ]
+    full, arrow = (
+        [mode for modes in plan.modes_at(0).values() for mode in modes] for plan in both
+    )
+    assert set(full) == {FULL} and CACHED not in arrow and max(arrow) >= 0
+    saved = [plan.accounting["attention_flops_saved"] for plan in both]
+    assert saved[0] < saved[1]
+    plan = both[1]
+    assert plan.search["first_step"] == "arrow" and both[0].search["first_step"] == "full"
+    errors = measure(pipe, plan, prompts)
+    assert not Bounds(2.0, 1.5).broken(plan.modules, errors)
+    recorded = [sum(errors[0][module.name]) for module in plan.modules]
+    assert max(recorded) > 0
+    assert [plan.search["errors"][module.name][0] for module in plan.modules] == pytest.approx(
+        recorded, rel=1e-4, abs=1e-9
+    )
+
+
 def test_as_many_buckets_as_steps_are_chosen_step_by_step() -> None:
     pipe, prompts = sd3_pipeline()
     both = [search(pipe, prompts, max_buckets=STEPS), search(pipe, prompts, method="progressive")]
@@ -188,6 +214,7 @@ def test_other_pipelines_are_refused() -> None:
         (dict(candidates=("arrow",), block=128), "none: 24 image tokens are 1 blocks"),
         (dict(max_buckets=0), "number of buckets"),
         (dict(method="greedy"), "search method .* got greedy"),
+        (dict(first_step="cached"), "first step .* got cached; expected one of full, arrow"),
         (dict(height=60), "picture size|divisible"),
     ],
 )
