@@ -193,7 +193,9 @@ def test_nothing_saves_more_than_the_bound(seed: int, rule: str) -> None:
     )  # fmt: skip
     for modes in itertools.product(SAVING, repeat=5):
         choice = Choice(np.array([[mode] for mode in modes]), tuple(range(5)), 0.0)
-        if modes[0] != CACHED and _legal(one, _errors(one, choice.modes, choice.schedule), 0.3, 1.0):
+        if modes[0] != CACHED and _legal(
+            one, _errors(one, choice.modes, choice.schedule), 0.3, 1.0
+        ):
             best = max(best, _saved(choice))
     found = per_step(one, 0.3, 1.0)
     assert found.bound == pytest.approx(best, rel=0.02)
@@ -209,7 +211,9 @@ def test_what_a_graph_a_step_reaches_is_within_the_sums(seed: int, rule: str) ->
     best = 0.0
     for modes in itertools.product(itertools.product(SAVING, repeat=2), repeat=4):
         choice = Choice(np.array(modes), tuple(range(4)), 0.0)
-        if CACHED not in modes[0] and _legal(tables, _errors(tables, choice.modes, choice.schedule), 0.3, 1.5):
+        if CACHED not in modes[0] and _legal(
+            tables, _errors(tables, choice.modes, choice.schedule), 0.3, 1.5
+        ):
             best = max(best, _saved(choice))
     reached, bound = per_step(tables, 0.3, 1.5)
     assert 0.9 * best <= reached <= best * (1 + 1e-9) <= bound * (1 + 1e-8)

@@ -161,9 +161,7 @@ def test_arrows_in_the_first_step_are_searched_and_measured(kind: str, method: s
         search(pipe, prompts, delta=2.0, method=method, max_buckets=2, first_step=rule)
         for rule in FIRST_STEPS
     ]
-    full, arrow = (
-        [mode for modes in plan.modes_at(0).values() for mode in modes] for plan in both
-    )
+    full, arrow = ([mode for modes in plan.modes_at(0).values() for mode in modes] for plan in both)
     assert set(full) == {FULL} and CACHED not in arrow and max(arrow) >= 0
     saved = [plan.accounting["attention_flops_saved"] for plan in both]
     assert saved[0] < saved[1]

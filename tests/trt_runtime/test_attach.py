@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from plans.errors import ArrowheadError
-from plans.plan import Bucket, Plan
+from plans.plan import Plan
 from tests import tiny
 from tests.trt_runtime.tiny_bundles import SIGMAS, call, tiny_model, tiny_pipeline, torch_proxy
 from trt_runtime import attach, detach
@@ -159,9 +159,7 @@ def test_on_mismatch_names_its_values() -> None:
 def test_on_mismatch_dense_needs_a_graph_that_is_all_full(kind: str) -> None:
     model = tiny_model(kind)
     plan = tiny.random_plan(model)
-    first = plan.modules[0]
-    modes = {**plan.buckets[0].modes, first.name: (0, 1, -1, -1)}
-    arrows = replace(plan, buckets=(Bucket(modes), *plan.buckets[1:]))
+    arrows = tiny.with_first_arrows(plan)
     pipe = tiny_pipeline(model)
     own = pipe.transformer
     proxy = torch_proxy(model, arrows, 2 if kind == "sd3" else 1)
@@ -173,7 +171,7 @@ def test_on_mismatch_dense_needs_a_graph_that_is_all_full(kind: str) -> None:
     call(pipe)
     assert proxy.state.buckets_run == list(plan.schedule)
     # It may be another step's graph that is all full.
-    buckets = (Bucket(modes), plan.buckets[0], plan.buckets[2])
+    buckets = (arrows.buckets[0], plan.buckets[0], plan.buckets[2])
     later = replace(plan, buckets=buckets, schedule=(0, 1, 2, 1, 2, 1))
     expected = call(tiny_pipeline(model), steps=4)
     attach(pipe, torch_proxy(model, later, 2 if kind == "sd3" else 1), on_mismatch="dense")
