@@ -47,9 +47,10 @@ def choose_buckets(
 ) -> Choice:
     """Choose at most max_buckets buckets and a schedule that save most within the bounds.
 
-    Step 0 is full. At every step the errors of a module's heads sum to at most delta and each is
-    under cap_factor * delta / H. start: a schedule to improve on, in place of a search from many.
-    Deterministic. Raises ArrowheadError if there may be no bucket.
+    Step 0 reads no cache, and takes arrows only where the tables give them a finite error there
+    (`HeadTables.under`). At every step the errors of a module's heads sum to at most delta and each
+    is under cap_factor * delta / H. start: a schedule to improve on, in place of a search from
+    many. Deterministic. Raises ArrowheadError if there may be no bucket.
     """
     check_bucket_limit(max_buckets)
     judge = _Judge(tables, delta, cap_factor)
@@ -79,7 +80,8 @@ def _refined(tables: HeadTables, delta: float, cap_factor: float, choice: Choice
         judge = _Judge(tables.of_module(index), delta, cap_factor)
         rows = slice(first, first + heads)
         saved = judge.saved(modes[:, rows], schedule)
-        options = all_options(len(tables.windows) + 2, schedule, heads)
+        arrows = np.flatnonzero(np.isfinite(tables.arrow[0, rows]).any(axis=0)) + 1
+        options = all_options(len(tables.windows) + 2, schedule, heads, (0, *arrows))
         if options is not None:
             found = judge.choose(schedule, options)
             if found.saving > saved:
@@ -259,7 +261,7 @@ class _Judge:
         shape = (buckets, self._own.shape[2])
         own = self._own * np.broadcast_to(self._weights, self._own[:, 0].shape)[:, None]
         narrow, wide = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)
-        for bucket in range(1, buckets):
+        for bucket in range(buckets):
             steps = schedule == bucket
             if not steps.any():
                 continue

@@ -1,11 +1,11 @@
 """A plan found at one step count or picture size, carried to another by a stated rule.
 
-Each new step stands for the plan's step of the nearest sigma, and takes its bucket; step 0 stays
-full. The age of a cache is counted in the plan's own steps, from the step that wrote it to the step
-that reads it, as the new steps stand for them. A head may be as old in a bucket as the plan let it
-get there. Where it would be older, the bucket computes the head instead, or the step takes another
-bucket: step 0's full one, or one that the plan uses both before and after, where no cache is too
-old. Of all these what saves most over the whole run is done.
+Each new step stands for the plan's step of the nearest sigma, and takes its bucket; step 0 stands
+for step 0. The age of a cache is counted in the plan's own steps, from the step that wrote it to
+the step that reads it, as the new steps stand for them. A head may be as old in a bucket as the
+plan let it get there. Where it would be older, the bucket computes the head instead, or the step
+takes another bucket: an all-full one, or one that the plan uses both before and after, where no
+cache is too old. Of all these what saves most over the whole run is done.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class _Rejuvenation:
             [step for step, own in enumerate(plan.schedule) if own == bucket]
             for bucket in range(len(plan.buckets))
         ]
-        self._full = moved.schedule[0]
+        self._full = moved.full_bucket
         self._schedule = list(moved.schedule)
         self._modules = {module.name: module for module in moved.modules}
         self._modes = [dict(heads_of(bucket)) for bucket in moved.buckets]
@@ -193,7 +193,7 @@ class _Rejuvenation:
         ]
 
     def _widest(self, bucket: int) -> dict[_Head, int]:
-        """How a bucket computes what it caches: the widest way that another but step 0's does."""
+        """How a bucket computes what it caches: the widest way that another, not all full, does."""
         widest: dict[_Head, int] = {}
         for head in self._modes[bucket]:
             others = [
@@ -216,8 +216,8 @@ class _Rejuvenation:
             for other, uses in enumerate(self._uses)
             if other == self._full or (uses[0] <= of <= uses[-1] and not self._too_old(step, other))
         ]
-        other = min(others, key=self._kept)
-        if self._kept(other) - self._kept(bucket) <= by_head:
+        other = min(others, key=self._kept, default=None)
+        if other is not None and self._kept(other) - self._kept(bucket) <= by_head:
             self._schedule[step] = self.retimed[step] = other
             return
         for head in old:

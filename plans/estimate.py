@@ -47,7 +47,6 @@ class Estimate:
         own = np.zeros((buckets, *self._own.shape[1:]), dtype=np.uint64)
         for bucket in range(buckets):
             np.bitwise_and.reduce(self._own[schedule == bucket], axis=0, out=own[bucket])
-        own[0, :-1] = 0  # step 0 is full, and so is its bucket
         narrow = _first(own)
         wide = np.zeros_like(own)
         wide[:, self._widest] = own[:, self._widest]

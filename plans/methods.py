@@ -18,7 +18,7 @@ from plans.prices import Prices
 from plans.recorder import Recorder, Savings, head_savings, pairs_saved, pooled_errors
 from plans.runs import Moments, Progress, Run, Runs, Scratch
 from plans.strategies import ChooseHeads, HeadErrors, errors_by_module
-from plans.tables import Floats, HeadTables
+from plans.tables import Floats, HeadTables, check_first_step
 from plans.tiles import FULL, kept_pairs
 
 _AIM = 0.95  # of the bound, to the power of the attempts
@@ -51,6 +51,7 @@ class Search:
         effort: Effort,
         prices: Prices | None,
         report: Progress | None,
+        first_step: str = "full",
         weighing: str = HEAD,
     ) -> None:
         self._pipe = pipe
@@ -60,6 +61,8 @@ class Search:
         self._effort = effort
         self._prices = prices
         self._report = report or (lambda *_: None)
+        check_first_step(first_step)
+        self._first_step = first_step
         check_error_weights(weighing)
         self._weighing = weighing
         self._weights: Floats = np.ones((1, 1))
@@ -139,6 +142,17 @@ class Search:
         }
         return {"prices": told}
 
+    def found(
+        self, method: str, max_buckets: int, keep_tables: Callable[[HeadTables], None] | None
+    ) -> Found:
+        """Search by one of the methods, and forget its finished runs."""
+        if method == "joint":
+            found = self.joint(max_buckets, keep_tables)
+        else:
+            found = self.progressive()
+        self.scratch.clear()
+        return found
+
     def joint(
         self, max_buckets: int, keep_tables: Callable[[HeadTables], None] | None = None
     ) -> Found:
@@ -194,7 +208,7 @@ class Search:
         aim = self._bounds.delta * (_AIM ** (broken + 1) if broken else 1)
         dense = self._settings.steps * self._dense()
         return choose_buckets(
-            tables, aim, self._bounds.cap_factor, max_buckets,
+            tables.under(self._first_step), aim, self._bounds.cap_factor, max_buckets,
             start=None if before is None else before.schedule,
             progress=lambda i, n, saved: self._report("choose", i, n, saved / dense),
         )  # fmt: skip
@@ -238,7 +252,7 @@ class Search:
             weights = errors_by_module(bare.modules, self._weights)
         strategy = ChooseHeads(
             bare.modules, self._candidates, self._savings, *self._bounds,
-            self._effort.sample_tokens, weights=weights,
+            self._effort.sample_tokens, self._first_step, weights,
         )  # fmt: skip
         dense = self._dense()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plans.buckets import choose_buckets
-from plans.tables import Floats, HeadTables, Ints
+from plans.tables import FIRST_STEPS, Floats, HeadTables, Ints
 
 _SWEEPS = 4  # over the heads of a module
 _ROUNDS = 60  # of prices for the modules' sums; the bound is about 0.1 % over its limit then
@@ -74,21 +74,43 @@ def compare_buckets(
     delta: float,
     cap_factor: float,
     counts: Sequence[int],
+    first_steps: Sequence[str] = FIRST_STEPS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Choose for every number of buckets: shares of what caches at every step would save.
+    """Choose for every number of buckets, under each rule for the first step: a curve each.
 
-    Predicted by the tables. "bound" is the share that a graph for each step could save at most,
-    and "loss" the part of it that is lost; "reached" and "loss_of_reached" are those of a plan that
-    has a graph for each step.
+    Saved are shares of what caches at every step would save, predicted by the tables. "bound" is
+    the share that a graph for each step could save at most under the same rule, and "loss" the part
+    of it that is lost; "reached" and "loss_of_reached" are those of a plan that has a graph for
+    each step.
     """
+    curves = []
+    for i, first_step in enumerate(first_steps):
+
+        def advance(count: int, done: int, rule: str = first_step, before: int = i) -> None:
+            if progress is not None:
+                whole = len(counts) * len(first_steps)
+                progress(f"first step {rule}, {count} graphs", before * len(counts) + done, whole)
+
+        curve = _curve(tables.under(first_step), delta, cap_factor, counts, advance)
+        curves.append({"first_step": first_step} | curve)
+    return {"delta": delta, "cap_factor": cap_factor, "curves": curves}
+
+
+def _curve(
+    tables: HeadTables,
+    delta: float,
+    cap_factor: float,
+    counts: Sequence[int],
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Choose for every number of buckets from tables under one rule."""
     most = np.concatenate([tables.arrow_saving, tables.cached_saving[:, None]], axis=1).max(axis=1)
     dense = tables.steps * float(most.sum()) or 1.0
     reached, bound = (saving / dense for saving in per_step(tables, delta, cap_factor))
     rows: list[dict[str, Any]] = []
     for i, count in enumerate(counts):
-        if progress is not None:
-            progress(f"{count} graphs", i, len(counts))
+        advance(count, i)
         begin = time.perf_counter()
         choice = choose_buckets(tables, delta, cap_factor, count)
         saved = choice.saving / dense
@@ -104,9 +126,7 @@ def compare_buckets(
     reached = max([reached, *(row["saved"] for row in rows)])
     for row in rows:
         row["loss_of_reached"] = 1 - row["saved"] / reached if reached else 0.0
-    return {
-        "delta": delta, "cap_factor": cap_factor, "reached": reached, "bound": bound, "rows": rows
-    }  # fmt: skip
+    return {"reached": reached, "bound": bound, "rows": rows}
 
 
 class _Paths:
@@ -120,7 +140,6 @@ class _Paths:
         weights = np.broadcast_to(tables.weights, (steps, rows))[:, None]
         weighted = own * weights
         self._own = np.where((weighted < cap) | (weighted == 0), weighted, np.inf)
-        self._own[0, :-1] = np.inf
         self._aged = np.full((steps, ages, windows + 1, rows), np.inf)
         factor = np.broadcast_to(tables.drift, (steps, rows))[:, None] * weights
         for age in range(1, min(ages, steps - 1) + 1):
@@ -146,7 +165,7 @@ class _Paths:
         steps, kinds, rows = self._own.shape
         ages = self._aged.shape[1]
         value = np.full((ages + 1, kinds, rows), -np.inf)
-        value[0, -1] = 0
+        value[0] = self._saving - _cost(price[0], self._own[0], room[0])
         came = np.zeros((steps, rows), dtype=np.int64)
         for step in range(1, steps):
             flat = value.reshape(-1, rows)
@@ -167,7 +186,7 @@ class _Paths:
         steps, kinds, rows = self._own.shape
         heads = np.arange(rows)
         errors = np.zeros((steps, rows))
-        for step in range(steps - 1, 0, -1):
+        for step in range(steps - 1, -1, -1):
             age, kind = np.divmod(state, kinds)
             aged = (
                 self._aged[step, np.maximum(age - 1, 0), kind, heads]

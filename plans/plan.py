@@ -90,6 +90,14 @@ class Plan:
         return self.buckets[self.schedule[step]].modes
 
     @property
+    def full_bucket(self) -> int | None:
+        """The first bucket that computes every head in full; None where there is none."""
+        for index, bucket in enumerate(self.buckets):
+            if all(mode == FULL for modes in bucket.modes.values() for mode in modes):
+                return index
+        return None
+
+    @property
     def sha256(self) -> str:
         """Hash of what the plan does: not of its search record, accounting or model location."""
         bare = replace(

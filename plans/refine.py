@@ -18,17 +18,18 @@ from plans.tables import Floats, Ints
 _OPTIONS, _PAIRED = 3000, 8
 
 
-def all_options(kinds: int, schedule: Sequence[int], heads: int) -> Ints | None:
-    """Return every choice of one of `kinds` modes in every bucket but the first, [P, K].
+def all_options(
+    kinds: int, schedule: Sequence[int], heads: int, first: Sequence[int] = (0,)
+) -> Ints | None:
+    """Return every choice of one of `kinds` modes in every bucket, [P, K].
 
-    The first is full, which is kind 0. None where they are too many to try.
+    In the first bucket it is one of the kinds `first`; full is kind 0. None where the choices are
+    too many to try.
     """
     free = max(schedule)
-    if heads * kinds**free > _OPTIONS:
+    if heads * len(first) * kinds**free > _OPTIONS:
         return None
-    choices = list(product(range(kinds), repeat=free))
-    rows = np.array(choices, dtype=np.int64).reshape(len(choices), free)
-    return np.pad(rows, ((0, 0), (1, 0)))
+    return np.array(list(product(first, *[range(kinds)] * free)), dtype=np.int64)
 
 
 def exchange_pairs(savings: Floats, errors: Floats, picked: Ints, delta: float) -> Ints:

@@ -48,6 +48,7 @@ def search_plan(
     block: int = 128,
     method: str = "joint",
     max_buckets: int = 4,
+    first_step: str = "full",
     guidance_scale: float,
     max_sequence_length: int | None = None,
     seed: int = 0,
@@ -68,7 +69,8 @@ def search_plan(
     cap_factor * delta / H each head's. method: "joint" chooses at most max_buckets buckets, their
     modes and the schedule together (plans.buckets); "progressive" is DiTFastAttnV2's, step by step,
     with a graph for each step; it is also what "joint" does where there may be as many buckets as
-    steps. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
+    steps. first_step: "arrow" lets heads of step 0 be arrows; on_mismatch="dense" then has no graph
+    to run. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
     error_weights: what errors are multiplied by before they are bounded (plans.importance).
     scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
     keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
@@ -81,17 +83,15 @@ def search_plan(
     effort = _effort(bare, settings, wanted, together=method == "progressive")
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
     search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor), effort, prices,
-                    progress, weighing=error_weights)  # fmt: skip
-    memory = search.memory()
-    check_memory(memory, pipe, announce)
+                    progress, first_step, error_weights)  # fmt: skip
+    check_memory(memory := search.memory(), pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
         divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
-        sample_tokens=effort.sample_tokens, error_weights=error_weights,
+        first_step=first_step, sample_tokens=effort.sample_tokens, error_weights=error_weights,
     )  # fmt: skip
     search.begin(Scratch(scratch, _identity(settings, bare, effort, asked), resume))
-    found = search.joint(max_buckets, keep_tables) if method == "joint" else search.progressive()
-    search.scratch.clear()
+    found = search.found(method, max_buckets, keep_tables)
     record = _run_record(pipe, settings, error_weights) | asked | {"memory_bytes": memory}
     return _finished(found, record | search.priced(found.plan), begin)
 

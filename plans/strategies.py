@@ -78,8 +78,9 @@ def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
 class ChooseHeads(_Heads):
     """Score every head and candidate at every step but the first, and go on with the best choice.
 
-    This is DiTFastAttnV2's own search (arXiv 2503.22796): step by step, in execution order.
-    weights: what errors are multiplied by, where not by 1.
+    This is DiTFastAttnV2's own search (arXiv 2503.22796): step by step, in execution order. With
+    first_step "arrow" arrows are tried at the first step too. weights: what errors are multiplied
+    by, where not by 1.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class ChooseHeads(_Heads):
         delta: float,
         cap_factor: float,
         image_tokens: int = SAMPLE_TOKENS,
+        first_step: str = "full",
         weights: HeadErrors | None = None,
     ) -> None:
         super().__init__(
@@ -101,6 +103,7 @@ class ChooseHeads(_Heads):
         self._delta = delta
         self._cap_factor = cap_factor
         self._tokens = image_tokens
+        self._first_step = first_step
         self._weights = weights
 
     def begin_step(self, step: int) -> None:
@@ -112,8 +115,9 @@ class ChooseHeads(_Heads):
     ) -> Tensor:
         assert q is not None and k is not None and v is not None
         modes: Sequence[int] = [FULL] * module.heads
-        if self.step:
-            errors = self._errors(module, q, k, v)
+        candidates = self._tried(module)
+        if candidates:
+            errors = self._errors(module, candidates, q, k, v)
             weights = [1.0] * module.heads
             if self._weights is not None:
                 weights = self._weights[self.step][module.name]
@@ -123,11 +127,18 @@ class ChooseHeads(_Heads):
         self.modes[self.step][module.name] = tuple(modes)
         return self._merge(module, modes, q, k, v)
 
+    def _tried(self, module: AttentionModule) -> Sequence[int]:
+        """Candidates of this step: at the first there is no cache to read."""
+        candidates = self._candidates[module.name]
+        if self.step:
+            return candidates
+        arrows = [mode for mode in candidates if mode != CACHED]
+        return arrows if self._first_step == "arrow" else ()
+
     def _errors(
-        self, module: AttentionModule, q: Tensor, k: Tensor, v: Tensor
+        self, module: AttentionModule, candidates: Sequence[int], q: Tensor, k: Tensor, v: Tensor
     ) -> dict[int, list[float]]:
         """Mode -> what it would err at this step, per head."""
-        candidates = self._candidates[module.name]
         windows = sorted(mode for mode in candidates if mode >= 0)
         sample = sample_of(module, q.device, windows, self._tokens)
         seen = sample.full(q, k, v)

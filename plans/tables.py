@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,9 @@ from plans.errors import ArrowheadError, atomic_write
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+# What heads may be in the first step, which has no cache to read: all of them full, or arrows too.
+FIRST_STEPS = ("full", "arrow")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class HeadTables:
         """First row of each module."""
         return np.cumsum([0, *self.heads[:-1]])
 
+    def under(self, first_step: str) -> HeadTables:
+        """Return the tables that a choice under a rule of FIRST_STEPS is made from.
+
+        "full": no head is within any bound at step 0 but in full.
+        """
+        check_first_step(first_step)
+        if first_step == "arrow":
+            return self
+        arrow = self.arrow.copy()
+        arrow[0] = np.inf
+        return replace(self, arrow=arrow)
+
     def of_module(self, index: int) -> HeadTables:
         """Return the tables of one module's heads."""
         first, heads = int(self.starts[index]), self.heads[index]
@@ -59,6 +74,17 @@ class HeadTables:
             arrow_saving=self.arrow_saving[rows], cached_saving=self.cached_saving[rows],
             drift=drift[:, rows], weights=weights[:, rows],
         )  # fmt: skip
+
+
+def check_first_step(first_step: str) -> None:
+    """Raise ArrowheadError for a rule that is none of FIRST_STEPS."""
+    if first_step not in FIRST_STEPS:
+        raise ArrowheadError(
+            "first step",
+            got=first_step,
+            expected=f"one of {', '.join(FIRST_STEPS)}",
+            fix="name what heads may be in the first step",
+        )
 
 
 def save_tables(tables: HeadTables, path: Path) -> None:

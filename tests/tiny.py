@@ -144,6 +144,14 @@ def random_plan(model: Any, seed: int = 0, buckets: int = 3, steps: int = 6) -> 
     return plan
 
 
+def with_first_arrows(plan: Plan) -> Plan:
+    """The plan with arrow heads in step 0's bucket, in the first module; no bucket is all full."""
+    first = plan.buckets[0].modes
+    name = plan.modules[0].name
+    bucket = Bucket({**first, name: (0, 1) + first[name][2:]})
+    return replace(plan, buckets=(bucket, *plan.buckets[1:]))
+
+
 def with_modes(plan: Plan, modes: dict[str, tuple[int, ...]]) -> Plan:
     """The plan with bucket 1's modes replaced for some modules."""
     buckets = list(plan.buckets)

@@ -12,6 +12,7 @@ from torch import nn
 from plans.errors import ArrowheadError
 from plans.plan import Plan, Sampler, check_plan
 from trt_runtime.bundles import TORCH_BACKENDS, load_transformer
+from trt_runtime.denoise import full_bucket
 from trt_runtime.live import spec_of
 from trt_runtime.transformer import ArrowheadTransformer, refuse_lora
 
@@ -33,7 +34,7 @@ def attach(
     plan or its file, run on the pipeline's own transformer, which is left where it is: no bundle is
     needed. backend and options go to load_transformer. on_mismatch: what a run with another
     sampler, step count, sigmas or start does: "error" refuses it, "dense" warns once and computes
-    every head in full.
+    every head in full, for which the plan must have a bucket that does.
     """
     if on_mismatch not in ON_MISMATCH:
         raise ArrowheadError(
@@ -50,6 +51,8 @@ def attach(
             options.setdefault("transformer", before)
         transformer = load_transformer(source, plan=plan, backend=backend, **options)
     try:
+        if on_mismatch == "dense":
+            full_bucket(transformer.plan)
         if before is not None:
             _check_replaced(transformer.plan, before, pipe)
     except BaseException:

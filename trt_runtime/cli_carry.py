@@ -23,12 +23,12 @@ from trt_runtime.cli_search import add_device, add_error_weights, add_sampling
 
 RULE = """
 the rule:
-  A new step takes the bucket of the plan's step with the nearest sigma; step 0 stays full. Half
+  A new step takes the bucket of the plan's step with the nearest sigma, step 0 that of step 0. Half
   windows grow with the picture, rounded outwards, so that window and band cover at least the share
   of the image they covered. The age of a cache is counted in the plan's own steps: where it would
   be older than the plan let it get in its bucket, the bucket computes that head, or the step
-  takes another bucket, used before and after it, where none is, or the full one: whatever saves
-  most. Errors do not carry over: the record says "carried" until they are measured. Another
+  takes another bucket, used before and after it, where none is, or an all-full one: whatever
+  saves most. Errors do not carry over: the record says "carried" until they are measured. Another
   architecture, config, module list or scheduler, and CFG switched on or off, are refused. A carried
   plan is exported anew. To fewer steps, where each is a larger one, much may have to be repaired: a
   search there saves more."""

@@ -74,7 +74,8 @@ def _add_run(verbs: Verbs) -> None:
         "--on-mismatch",
         choices=("error", "dense"),
         default="error",
-        help="another sampler than the plan's: refuse (default), or run all heads in full",
+        help="another sampler than the plan's: refuse (default), or run all heads in full "
+        "(a plan of --first-step arrow cannot)",
     )
     add_backend(parser)
     parser.set_defaults(backend=None)  # a plan has another default than a bundle

@@ -22,6 +22,7 @@ from trt_runtime.cli_common import (
 )
 
 DIVISORS = (8, 16, 32)
+FIRST_STEPS = ("full", "arrow")
 ERROR_WEIGHTS = ("head", "output", "stream", "stream-dt", "gradient")
 
 
@@ -101,6 +102,13 @@ def add_search(actions: Verbs, run: Callable[[argparse.Namespace], int]) -> None
     add_error_weights(parser)
     graphs = "graphs of the joint search at most (default 4)"
     parser.add_argument("--max-buckets", type=int, default=4, metavar="K", help=graphs)
+    parser.add_argument(
+        "--first-step",
+        choices=FIRST_STEPS,
+        default="full",
+        help="heads of the first step: full (default), or arrows too, which few graphs save more "
+        "with; without a full graph such a plan cannot run with --on-mismatch dense",
+    )
     parser.add_argument("--seed", type=int, default=0)
     _add_prices(parser)
     _add_effort(parser)
@@ -228,6 +236,7 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
         block=arguments.block,
         method=arguments.method,
         max_buckets=arguments.max_buckets,
+        first_step=arguments.first_step,
         seed=arguments.seed,
         source=arguments.model,
         revision=arguments.revision,
@@ -266,6 +275,13 @@ def add_buckets(actions: Verbs) -> None:
         metavar="K",
         help="numbers of graphs (default 2 to 8)",
     )
+    parser.add_argument(
+        "--first-step",
+        nargs="+",
+        choices=FIRST_STEPS,
+        default=list(FIRST_STEPS),
+        help="rules for the heads of the first step, a table each (default: both)",
+    )
     add_json(parser)
 
 
@@ -277,20 +293,26 @@ def buckets(arguments: argparse.Namespace) -> int:
     tables = load_tables(arguments.tables)
     with progress_bar() as advance:
         report = compare_buckets(
-            tables, arguments.delta, arguments.cap_factor, arguments.max_buckets, advance
-        )
+            tables, arguments.delta, arguments.cap_factor, arguments.max_buckets,
+            arguments.first_step, advance,
+        )  # fmt: skip
     if arguments.json:
         write_json(report, arguments.json)
     if arguments.json != "-":
-        rows = [
-            (r["max_buckets"], percent(r["saved"]), percent(r["loss_of_reached"]),
-             percent(r["loss"]), f"{r['seconds']:.1f}",
-             " ".join(map(str, r["schedule"])))
-            for r in report["rows"]
-        ]  # fmt: skip
-        title = (
-            f"predicted saving, delta {arguments.delta:g}; a graph for each step: "
-            f"{percent(report['reached'])} reached, at most {percent(report['bound'])}"
-        )
-        show_table(title, ("graphs", "saved", "lost of reached", "of most", "s", "schedule"), rows)
+        for curve in report["curves"]:
+            _show_curve(curve, arguments.delta)
     return 0
+
+
+def _show_curve(curve: dict[str, Any], delta: float) -> None:
+    rows = [
+        (r["max_buckets"], percent(r["saved"]), percent(r["loss_of_reached"]),
+         percent(r["loss"]), f"{r['seconds']:.1f}",
+         " ".join(map(str, r["schedule"])))
+        for r in curve["rows"]
+    ]  # fmt: skip
+    title = (
+        f"first step {curve['first_step']}: predicted saving, delta {delta:g}; a graph for each "
+        f"step: {percent(curve['reached'])} reached, at most {percent(curve['bound'])}"
+    )
+    show_table(title, ("graphs", "saved", "lost of reached", "of most", "s", "schedule"), rows)

@@ -114,7 +114,7 @@ class DenoiseState:
     ) -> None:
         """Start a run over these timesteps.
 
-        dense: every step takes step 0's all-full bucket, whatever its timestep is.
+        dense: every step takes the plan's all-full bucket, whatever its timestep is.
         fall_back: a run that starts in mid-schedule becomes dense instead of an error.
         """
         self.reset()
@@ -126,7 +126,7 @@ class DenoiseState:
             self._go_dense()
 
     def _go_dense(self) -> None:
-        self._schedule = (self.plan.schedule[0],) * len(self._timesteps)
+        self._schedule = (full_bucket(self.plan),) * len(self._timesteps)
         self._any_timestep = True
 
     def reset(self) -> None:
@@ -252,6 +252,18 @@ class DenoiseState:
             fix="call the transformer once a step and in order, or name the separate calls of a "
             "step by cache_context",
         )
+
+
+def full_bucket(plan: Plan) -> int:
+    """Return the bucket that a run without the plan takes; raise ArrowheadError without one."""
+    if plan.full_bucket is None:
+        raise ArrowheadError(
+            "on_mismatch",
+            got="dense, and a plan without a graph that computes every head in full",
+            expected="a plan whose first step is full, or on_mismatch='error'",
+            fix="pass on_mismatch='error', or search the plan anew with --first-step full",
+        )
+    return plan.full_bucket
 
 
 def _check_rows(context: _Context, rows: int) -> None:

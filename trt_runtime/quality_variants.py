@@ -91,7 +91,7 @@ class Planner:
 def shuffle_modes(plan: Plan, seed: Sequence[int]) -> Plan:
     """Shuffle the modes of each bucket over all heads of all modules; the schedule stays.
 
-    Step 0's bucket is full and stays so: every cache is written before it is read.
+    Step 0's bucket has no cached head and gets none: every cache is written before it is read.
     """
     rng = np.random.default_rng(list(seed))
     ends = np.cumsum([module.heads for module in plan.modules])

@@ -20,7 +20,7 @@ from plans.bundle import Bundle, GraphSpec, check_bundle, file_sha256, load_bund
 from plans.errors import ArrowheadError
 from plans.plan import Plan, cache_flow, dense_plan, load_plan
 from plans.processors import BucketHeads, install
-from tests.tiny import inputs_of, random_plan, tiny_flux, tiny_sd3, with_modes
+from tests.tiny import inputs_of, random_plan, tiny_flux, tiny_sd3, with_first_arrows, with_modes
 
 BATCH = 2
 
@@ -30,7 +30,7 @@ class Exported:
 
     def __init__(self, model: Any, folder: Path) -> None:
         self.model, self.folder = model, folder
-        self.plan = random_plan(model, seed=3, buckets=3, steps=6)
+        self.plan = with_first_arrows(random_plan(model, seed=3, buckets=3, steps=6))
         # Runs of heads, lone heads and a whole module from the cache, in one bucket.
         last = self.plan.modules[-1].name
         self.plan = with_modes(self.plan, {last: (-2, 0, -2, -1)})

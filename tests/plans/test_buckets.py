@@ -17,7 +17,7 @@ from plans.errors import ArrowheadError
 from plans.estimate import Estimate
 from plans.optimum import per_step
 from plans.refine import all_options, exchange_pairs
-from plans.tables import HeadTables, load_tables, save_tables
+from plans.tables import FIRST_STEPS, HeadTables, load_tables, save_tables
 from plans.tiles import CACHED, FULL
 
 WINDOWS = (1, 4)
@@ -82,31 +82,35 @@ def _saved(choice: Choice) -> float:
 @given(
     steps=st.integers(1, 7), heads=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     ages=st.integers(0, 4), buckets=st.integers(1, 4), delta=st.floats(0, 1),
-    seed=st.integers(0, 999),
+    seed=st.integers(0, 999), rule=st.sampled_from(FIRST_STEPS),
 )  # fmt: skip
 def test_bounds_hold_and_the_saving_is_what_it_says(
-    steps: int, heads: list[int], ages: int, buckets: int, delta: float, seed: int
+    steps: int, heads: list[int], ages: int, buckets: int, delta: float, seed: int, rule: str
 ) -> None:
-    tables = _tables(steps, heads, ages, seed)
+    tables = _tables(steps, heads, ages, seed).under(rule)
     choice = choose_buckets(tables, delta, 1.5, buckets)
     assert len(choice.modes) <= buckets and len(choice.schedule) == steps
     assert sorted(set(choice.schedule)) == list(range(len(choice.modes)))
-    assert (choice.modes[choice.schedule[0]] == FULL).all()
+    first = choice.modes[choice.schedule[0]]
+    assert (first != CACHED).all() and (rule == "arrow" or (first == FULL).all())
     assert _legal(tables, _errors(tables, choice.modes, choice.schedule), delta, 1.5)
     assert _saved(choice) == pytest.approx(choice.saving)
     again = choose_buckets(tables, delta, 1.5, buckets)
     assert again.schedule == choice.schedule and (again.modes == choice.modes).all()
 
 
+@pytest.mark.parametrize("rule", FIRST_STEPS)
 @pytest.mark.parametrize("seed", range(8))
-def test_nothing_better_where_all_can_be_tried(seed: int) -> None:
-    tables = _tables(steps=4, heads=[1, 1], ages=3, seed=seed)
+def test_nothing_better_where_all_can_be_tried(seed: int, rule: str) -> None:
+    tables = _tables(steps=4, heads=[1, 1], ages=3, seed=seed).under(rule)
     found = choose_buckets(tables, 0.3, 1.5, 2)
     best = 0.0
     for tail in itertools.product((0, 1), repeat=3):
-        for second in itertools.product(SAVING, repeat=2):
-            modes = np.array([[FULL, FULL], second])
+        for both in itertools.product(itertools.product(SAVING, repeat=2), repeat=2):
+            modes = np.array(both)
             schedule = (0, *tail)
+            if (modes[0] == CACHED).any():
+                continue
             if _legal(tables, _errors(tables, modes, schedule), 0.3, 1.5):
                 best = max(best, _saved(Choice(modes, schedule, 0.0)))
     assert found.saving == pytest.approx(best)
@@ -126,7 +130,7 @@ def test_heads_are_refreshed_before_they_are_too_old() -> None:
     cached = np.broadcast_to(0.04 * np.arange(1, ages + 1) ** 2, (steps, 1, ages)).copy()
     for step in range(steps):
         cached[step, :, step:] = np.inf
-    tables = HeadTables(
+    tables = HeadTables(  # no arrows: the first step is full under either rule
         (1,), (), np.zeros((steps, 1, 0)), cached, np.zeros((1, 0)), np.ones(1)
     )  # fmt: skip
     choice = choose_buckets(tables, 0.2, 1.5, 2)  # ages 1 and 2 err 0.04 and 0.16, 3 too much
@@ -160,12 +164,12 @@ def test_large_models_are_chosen_for_by_the_estimate() -> None:
 @given(
     steps=st.integers(1, 7), heads=st.lists(st.integers(1, 3), min_size=1, max_size=30),
     ages=st.integers(0, 4), schedule=st.lists(st.integers(0, 3), min_size=6, max_size=6),
-    seed=st.integers(0, 999),
+    seed=st.integers(0, 999), rule=st.sampled_from(FIRST_STEPS),
 )  # fmt: skip
 def test_the_estimate_is_exact_where_no_sum_binds(
-    steps: int, heads: list[int], ages: int, schedule: list[int], seed: int
+    steps: int, heads: list[int], ages: int, schedule: list[int], seed: int, rule: str
 ) -> None:
-    tables = _tables(steps, heads, ages, seed)
+    tables = _tables(steps, heads, ages, seed).under(rule)
     rows = sum(heads)
     plan = (0, *schedule)[:steps]
     cap = 0.2
@@ -175,9 +179,10 @@ def test_the_estimate_is_exact_where_no_sum_binds(
     assert estimate == pytest.approx(_Judge(alone, cap, 1.0).saving(plan), rel=1e-5)
 
 
+@pytest.mark.parametrize("rule", FIRST_STEPS)
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_saves_more_than_the_bound(seed: int) -> None:
-    tables = _tables(steps=5, heads=[2, 1], ages=3, seed=seed)
+def test_nothing_saves_more_than_the_bound(seed: int, rule: str) -> None:
+    tables = _tables(steps=5, heads=[2, 1], ages=3, seed=seed).under(rule)
     bound = per_step(tables, 0.3, 1.5).bound
     for buckets in (1, 2, 5):
         assert choose_buckets(tables, 0.3, 1.5, buckets).saving <= bound * (1 + 1e-9)
@@ -186,9 +191,11 @@ def test_nothing_saves_more_than_the_bound(seed: int) -> None:
         tables, heads=(1,), arrow=tables.arrow[:, :1], cached=tables.cached[:, :1],
         arrow_saving=tables.arrow_saving[:1], cached_saving=tables.cached_saving[:1],
     )  # fmt: skip
-    for modes in itertools.product(SAVING, repeat=4):
-        choice = Choice(np.array([[FULL], *([mode] for mode in modes)]), tuple(range(5)), 0.0)
-        if _legal(one, _errors(one, choice.modes, choice.schedule), 0.3, 1.0):
+    for modes in itertools.product(SAVING, repeat=5):
+        choice = Choice(np.array([[mode] for mode in modes]), tuple(range(5)), 0.0)
+        if modes[0] != CACHED and _legal(
+            one, _errors(one, choice.modes, choice.schedule), 0.3, 1.0
+        ):
             best = max(best, _saved(choice))
     found = per_step(one, 0.3, 1.0)
     assert found.bound == pytest.approx(best, rel=0.02)
@@ -196,14 +203,17 @@ def test_nothing_saves_more_than_the_bound(seed: int) -> None:
     assert found.reached == pytest.approx(best)
 
 
+@pytest.mark.parametrize("rule", FIRST_STEPS)
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_graph_a_step_reaches_is_within_the_sums(seed: int) -> None:
+def test_what_a_graph_a_step_reaches_is_within_the_sums(seed: int, rule: str) -> None:
     """Two heads of one module, all sequences tried: near the best, and none better."""
-    tables = _tables(steps=4, heads=[2], ages=3, seed=seed)
+    tables = _tables(steps=4, heads=[2], ages=3, seed=seed).under(rule)
     best = 0.0
-    for modes in itertools.product(itertools.product(SAVING, repeat=2), repeat=3):
-        choice = Choice(np.array([(FULL, FULL), *modes]), tuple(range(4)), 0.0)
-        if _legal(tables, _errors(tables, choice.modes, choice.schedule), 0.3, 1.5):
+    for modes in itertools.product(itertools.product(SAVING, repeat=2), repeat=4):
+        choice = Choice(np.array(modes), tuple(range(4)), 0.0)
+        if CACHED not in modes[0] and _legal(
+            tables, _errors(tables, choice.modes, choice.schedule), 0.3, 1.5
+        ):
             best = max(best, _saved(choice))
     reached, bound = per_step(tables, 0.3, 1.5)
     assert 0.9 * best <= reached <= best * (1 + 1e-9) <= bound * (1 + 1e-8)
@@ -229,7 +239,26 @@ def test_all_options_are_tried_only_where_they_are_few() -> None:
     options = all_options(3, (0, 1, 2, 1), heads=2)
     assert options is not None and options.shape == (9, 3) and not options[:, 0].any()
     assert len(set(map(tuple, options))) == 9
+    options = all_options(3, (0, 1, 0, 1), heads=2, first=(0, 2))
+    assert options is not None and options.shape == (6, 2)
+    assert set(options[:, 0]) == {0, 2} and set(options[:, 1]) == {0, 1, 2}
     assert all_options(5, (0, 1, 2, 3, 4, 5), heads=24) is None
+
+
+def test_an_arrow_in_the_first_step_saves_a_bucket() -> None:
+    """A head that errs nothing as an arrow needs no full graph where the first step may have it."""
+    steps = 6
+    tables = HeadTables(
+        (1,), (1,), np.full((steps, 1, 1), 0.01), np.full((steps, 1, 1), np.inf),
+        np.ones((1, 1)), np.ones(1),
+    )  # fmt: skip
+    saved = [choose_buckets(tables.under(rule), 0.2, 1.5, 1).saving for rule in FIRST_STEPS]
+    assert saved == [0, steps]
+    assert [per_step(tables.under(rule), 0.2, 1.5).reached for rule in FIRST_STEPS] == [
+        pytest.approx(steps - 1), pytest.approx(steps)
+    ]  # fmt: skip
+    with pytest.raises(ArrowheadError, match="first step .* got cached; expected one of full, arr"):
+        tables.under("cached")
 
 
 def test_tables_come_back_from_their_file(tmp_path: Path) -> None:

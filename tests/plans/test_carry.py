@@ -171,6 +171,23 @@ def test_half_windows_at_twice_the_side() -> None:
     assert carried_modes((2, 62), new, old) == (1, 16)
 
 
+@pytest.mark.parametrize("steps", [3, 5, 6])
+def test_a_first_step_with_arrows_serves_only_the_steps_it_served(steps: int) -> None:
+    """No graph is all full, so none can stand in anywhere: caches are computed where none fits."""
+    plan = tiny.random_plan(model("sd3"), 0, 2, 8)
+    buckets = tuple(
+        replace(plan.buckets[0], modes={m.name: (mode,) * m.heads for m in plan.modules})
+        for mode in (0, CACHED, 1)
+    )
+    plan = replace(plan, buckets=buckets, schedule=(0, 1, 0, 1, 2, 1, 2, 1))
+    check_plan(plan)
+    result = carry_plan(plan, target(plan, "sd3", steps, 64, 96, 5))
+    assert result.raised or result.retimed
+    # After the last step that had these arrows nothing is known of what they err.
+    late = [bucket for step, bucket in result.retimed.items() if result.of_step[step] > 2]
+    assert 0 not in late
+
+
 def test_the_record_says_where_a_plan_comes_from() -> None:
     plan = replace(tiny.random_plan(model("sd3"), 3, 3, 8),
                    search={"delta": 0.3, "basis": "measured", "errors": {"x": [1.0]}})  # fmt: skip

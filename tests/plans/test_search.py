@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from plans.accounting import account
 from plans.bounds import Bounds, raise_offenders
 from plans.errors import ArrowheadError
 from plans.models import AttentionModule
-from plans.plan import Plan, check_plan, load_plan, plan_to_json, save_plan
+from plans.plan import Bucket, Plan, check_plan, load_plan, plan_to_json, save_plan
 from plans.processors import BucketHeads, install
 from plans.scores import counted, relative_squared_errors
 from plans.search import measure
+from plans.tables import FIRST_STEPS
 from plans.tiles import CACHED, FULL, TokenLayout
 from tests.tiny import (
     TEXT_TOKENS,
@@ -121,19 +123,80 @@ def test_search_is_deterministic_and_leaves_the_pipeline_as_it_was() -> None:
 def test_raise_offenders_goes_by_the_ladder() -> None:
     plan = random_plan(sd3_transformer(), buckets=2, steps=4)
     module = plan.modules[1]
-    own = {m.name: (-1,) * m.heads for m in plan.modules} | {module.name: (CACHED, 0, 1, CACHED)}
-    plan = with_modes(plan, own)
+    # What the other modules save makes it dear to give the step the full bucket.
+    own = {m.name: (CACHED,) * m.heads for m in plan.modules}
+    plan = with_modes(plan, own | {module.name: (CACHED, 0, 1, CACHED)})
+    plan = replace(plan, schedule=(0, 1, 0, 0))
     zero = {m.name: [0.0] * m.heads for m in plan.modules}
     errors = [zero, {**zero, module.name: [0.4, 0.4, 0.4, 0.01]}, zero, zero]
     candidates = {m.name: (1, 0, CACHED) for m in plan.modules}
     raised = raise_offenders(plan, errors, Bounds(0.8, 1.5), candidates)
-    assert raised.buckets[1].modes[module.name] == (1, 1, FULL, CACHED)
+    # Another bucket would have said how to compute head 0 where it is cached: none does.
+    assert raised.buckets[1].modes[module.name] == (FULL, 1, FULL, CACHED)
     assert raise_offenders(plan, errors, Bounds(0.8, 1.5), None).buckets[1].modes[module.name] == (
         FULL, FULL, FULL, CACHED,
     )  # fmt: skip
     in_sum = [zero, {**zero, module.name: [0.2, 0.19, 0.18, 0.01]}, zero, zero]
     raised = raise_offenders(plan, in_sum, Bounds(0.4, 10), candidates)
-    assert raised.buckets[1].modes[module.name] == (1, 0, 1, CACHED)
+    assert raised.buckets[1].modes[module.name] == (FULL, 0, 1, CACHED)
+
+
+def _ladder_plan(schedule: tuple[int, ...], *modes: int) -> Plan:
+    """All full, then buckets with one mode for every head."""
+    plan = random_plan(sd3_transformer(), buckets=2, steps=len(schedule))
+    buckets = [Bucket({m.name: (mode,) * m.heads for m in plan.modules}) for mode in (FULL, *modes)]
+    plan = replace(plan, buckets=tuple(buckets), schedule=schedule)
+    check_plan(plan)
+    return plan
+
+
+def _errors_at(plan: Plan, found: dict[int, list[float]]) -> list:
+    """No errors but those of the first module at some steps."""
+    zero = {m.name: [0.0] * m.heads for m in plan.modules}
+    name = plan.modules[0].name
+    return [{**zero, name: found[s]} if s in found else zero for s in range(plan.steps)]
+
+
+def test_a_cached_head_becomes_what_other_buckets_make_of_it() -> None:
+    plan = _ladder_plan((0, 1, 1, 2, 1, 1, 1, 1), CACHED, 0)
+    name, candidates = plan.modules[0].name, {m.name: (1, 0, CACHED) for m in plan.modules}
+    # The older a cache the more it errs: computed at step 5's bucket, none is old any more.
+    old = _errors_at(plan, {2: [0.2, 0.0, 0.0, 0.0], 7: [0.5, 0.0, 0.0, 0.0]})
+    raised = raise_offenders(plan, old, Bounds(0.4, 1.5), candidates)
+    assert raised.schedule == plan.schedule
+    assert raised.buckets[1].modes[name] == (0, CACHED, CACHED, CACHED)
+    assert raised.buckets[2] == plan.buckets[2]
+
+
+def test_what_a_raise_makes_younger_waits_for_the_next_run() -> None:
+    plan = _ladder_plan((0, 1, 2, 0), CACHED, CACHED)
+    modes = {**plan.buckets[2].modes, plan.modules[1].name: (FULL,) * 4}
+    plan = replace(plan, buckets=(*plan.buckets[:2], Bucket(modes)))
+    name, candidates = plan.modules[0].name, {m.name: (CACHED,) for m in plan.modules}
+    errors = _errors_at(plan, {1: [0.5, 0.0, 0.0, 0.0], 2: [0.4, 0.0, 0.0, 0.0]})
+    raised = raise_offenders(plan, errors, Bounds(0.4, 1.5), candidates)
+    assert raised.buckets[1].modes[name] == (FULL, CACHED, CACHED, CACHED)
+    assert raised.buckets[2].modes[name] == (CACHED,) * 4  # it reads a cache of step 1 now
+
+
+def test_a_step_takes_another_bucket_where_that_costs_less() -> None:
+    plan = _ladder_plan((0, *[1] * 9), CACHED)
+    candidates = {m.name: (1, 0, CACHED) for m in plan.modules}
+    many = _errors_at(plan, {8: [0.5, 0.5, 0.5, 0.5]})
+    kept = raise_offenders(plan, many, Bounds(0.4, 1.5), candidates)
+    assert kept.schedule == (0, *[1] * 7, 0, 1) and kept.buckets == plan.buckets
+    # Of arrows nothing is known before or after the steps that had them.
+    plan = _ladder_plan((0, 1, 2, 1, 2, 1, 1, 1, 1, 1), CACHED, 0)
+    assert raise_offenders(plan, many, Bounds(0.4, 1.5), candidates).schedule == plan.schedule
+    kept = raise_offenders(plan, _errors_at(plan, {3: [0.5] * 4}), Bounds(0.4, 1.5), candidates)
+    assert kept.schedule == (0, 1, 2, 2, 2, 1, 1, 1, 1, 1)
+    # A bucket that no step has any more leaves.
+    plan = _ladder_plan((0, 2, 1, 2), CACHED, 0)
+    errors = _errors_at(plan, {})
+    errors[2] = {m.name: [0.5] * 4 for m in plan.modules}
+    kept = raise_offenders(plan, errors, Bounds(0.4, 1.5), None)
+    assert kept.schedule == (0, 1, 1, 1) and len(kept.buckets) == 2
+    check_plan(kept)
 
 
 def test_errors_leave_discarded_text_out() -> None:
@@ -150,6 +213,29 @@ def test_errors_leave_discarded_text_out() -> None:
     assert errors(False) == [0.0, 0.0]
     off[0, 5, 1, 0] = torch.nan
     assert errors(False) == [0.0, torch.inf]
+
+
+@pytest.mark.parametrize("method", ["joint", "progressive"])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_arrows_in_the_first_step_are_searched_and_measured(kind: str, method: str) -> None:
+    pipe, prompts = sd3_pipeline() if kind == "sd3" else flux_pipeline()
+    both = [
+        search(pipe, prompts, delta=2.0, method=method, max_buckets=2, first_step=rule)
+        for rule in FIRST_STEPS
+    ]
+    full, arrow = ([mode for modes in plan.modes_at(0).values() for mode in modes] for plan in both)
+    assert set(full) == {FULL} and CACHED not in arrow and max(arrow) >= 0
+    saved = [plan.accounting["attention_flops_saved"] for plan in both]
+    assert saved[0] < saved[1]
+    plan = both[1]
+    assert plan.search["first_step"] == "arrow" and both[0].search["first_step"] == "full"
+    errors = measure(pipe, plan, prompts)
+    assert not Bounds(2.0, 1.5).broken(plan.modules, errors)
+    recorded = [sum(errors[0][module.name]) for module in plan.modules]
+    assert max(recorded) > 0
+    assert [plan.search["errors"][module.name][0] for module in plan.modules] == pytest.approx(
+        recorded, rel=1e-4, abs=1e-9
+    )
 
 
 def test_as_many_buckets_as_steps_are_chosen_step_by_step() -> None:
@@ -188,6 +274,7 @@ def test_other_pipelines_are_refused() -> None:
         (dict(candidates=("arrow",), block=128), "none: 24 image tokens are 1 blocks"),
         (dict(max_buckets=0), "number of buckets"),
         (dict(method="greedy"), "search method .* got greedy"),
+        (dict(first_step="cached"), "first step .* got cached; expected one of full, arrow"),
         (dict(height=60), "picture size|divisible"),
     ],
 )

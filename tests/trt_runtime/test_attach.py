@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,31 @@ def test_on_mismatch_names_its_values() -> None:
     pipe, proxy, _ = make("sd3")
     with pytest.raises(ArrowheadError, match="on_mismatch .* got ignore; expected one of"):
         attach(pipe, proxy, on_mismatch="ignore")
+
+
+def test_on_mismatch_dense_needs_a_graph_that_is_all_full(kind: str) -> None:
+    model = tiny_model(kind)
+    plan = tiny.random_plan(model)
+    arrows = tiny.with_first_arrows(plan)
+    pipe = tiny_pipeline(model)
+    own = pipe.transformer
+    proxy = torch_proxy(model, arrows, 2 if kind == "sd3" else 1)
+    message = "on_mismatch .* got dense, and a plan without .* --first-step full"
+    with pytest.raises(ArrowheadError, match=message):
+        attach(pipe, proxy, on_mismatch="dense")
+    assert pipe.transformer is own
+    attach(pipe, proxy)
+    call(pipe)
+    assert proxy.state.buckets_run == list(plan.schedule)
+    # It may be another step's graph that is all full.
+    buckets = (arrows.buckets[0], plan.buckets[0], plan.buckets[2])
+    later = replace(plan, buckets=buckets, schedule=(0, 1, 2, 1, 2, 1))
+    expected = call(tiny_pipeline(model), steps=4)
+    attach(pipe, torch_proxy(model, later, 2 if kind == "sd3" else 1), on_mismatch="dense")
+    with pytest.warns(UserWarning, match="every head in full"):
+        got = call(pipe, steps=4)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert set(pipe.transformer.state.buckets_run) == {1}
 
 
 def test_scheduler_with_two_calls_a_step_is_refused(kind: str) -> None:

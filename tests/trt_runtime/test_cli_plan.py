@@ -198,11 +198,19 @@ def test_search_keeps_its_tables_and_buckets_are_compared(
     report = tmp_path / "buckets.json"
     more = ["--delta", "0.5", "--max-buckets", "1", "2", "3", "--json", str(report)]
     assert main(["plan", "buckets", str(tables), *more]) == 0
-    assert "a graph for each step" in capsys.readouterr().out
-    found = json.loads(report.read_text())
-    saved = [row["saved"] for row in found["rows"]]
-    assert saved[0] == 0 and saved == sorted(saved) and saved[-1] <= found["bound"] + 1e-9
-    assert [row["loss"] for row in found["rows"]][0] == pytest.approx(1)
+    out = capsys.readouterr().out
+    assert "first step full: predicted" in out and "first step arrow: predicted" in out
+    full, arrow = json.loads(report.read_text())["curves"]
+    assert (full["first_step"], arrow["first_step"]) == ("full", "arrow")
+    for curve in (full, arrow):
+        saved = [row["saved"] for row in curve["rows"]]
+        assert saved == sorted(saved) and saved[-1] <= curve["bound"] + 1e-9
+    assert full["rows"][0]["saved"] == 0 and full["rows"][0]["loss"] == pytest.approx(1)
+    assert arrow["rows"][0]["saved"] > 0 and arrow["bound"] >= full["bound"]
+    alone = [*more, "--first-step", "full"]
+    assert main(["plan", "buckets", str(tables), *alone]) == 0
+    assert "first step arrow" not in capsys.readouterr().out
+    assert [c["first_step"] for c in json.loads(report.read_text())["curves"]] == ["full"]
 
 
 def test_an_interrupted_search_says_how_to_go_on(

@@ -44,7 +44,7 @@ def fresh_compiler() -> Iterator[None]:
 def attached(kind: str, **options: Any) -> tuple[Any, Any, Plan]:
     """A pipeline with a plan on its own transformer, caches poisoned between runs."""
     model = tiny_model(kind)
-    plan = tiny.random_plan(model)
+    plan = tiny.with_first_arrows(tiny.random_plan(model))
     pipe = tiny_pipeline(model)
     attach(pipe, plan=plan, poison=True, **{**UNCOMPILED, **options})
     return pipe, model, plan
@@ -53,7 +53,8 @@ def attached(kind: str, **options: Any) -> tuple[Any, Any, Plan]:
 def by_processors(kind: str) -> Tensor:
     model = tiny_model(kind)
     pipe = tiny_pipeline(model)
-    attach(pipe, torch_proxy(model, tiny.random_plan(model), 2 if kind == "sd3" else 1))
+    plan = tiny.with_first_arrows(tiny.random_plan(model))
+    attach(pipe, torch_proxy(model, plan, 2 if kind == "sd3" else 1))
     return call(pipe)
 
 
@@ -230,7 +231,7 @@ def test_a_bundle_folder_and_its_dense_graph(
 
 def test_a_plan_file_needs_no_bundle(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
-    save_plan(tiny.random_plan(model), tmp_path / "plan.json")
+    save_plan(tiny.with_first_arrows(tiny.random_plan(model)), tmp_path / "plan.json")
     pipe = tiny_pipeline(model)
     proxy = attach(pipe, plan=tmp_path / "plan.json", poison=True)
     assert type(proxy.engines[0]).__name__ == "TorchEngine"  # on a CPU nothing is compiled
