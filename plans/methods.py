@@ -17,7 +17,7 @@ from plans.prices import Prices
 from plans.recorder import Savings, head_savings, pairs_saved, pooled_errors
 from plans.runs import Moments, Progress, Runs, Scratch
 from plans.strategies import ChooseHeads, HeadErrors, errors_by_module
-from plans.tables import Floats, HeadTables
+from plans.tables import Floats, HeadTables, check_first_step
 from plans.tiles import FULL, kept_pairs
 
 _AIM = 0.95  # of the bound, to the power of the attempts
@@ -59,6 +59,7 @@ class Search:
         self._effort = effort
         self._prices = prices
         self._report = report
+        check_first_step(first_step)
         self._first_step = first_step
         self._candidates: dict[str, tuple[int, ...]] = {}
         self._savings: Savings = {}

@@ -24,7 +24,7 @@ from plans.plan import Plan
 from plans.prices import Prices
 from plans.runs import Progress, Runs, Scratch, fingerprint
 from plans.strategies import HeadErrors, errors_by_module
-from plans.tables import HeadTables, check_first_step
+from plans.tables import HeadTables
 from plans.tiles import CACHED, candidate_half_windows
 
 CANDIDATES = ("arrow", "cache")
@@ -67,23 +67,20 @@ def search_plan(
     cap_factor * delta / H each head's. method: "joint" chooses at most max_buckets buckets, their
     modes and the schedule together (plans.buckets); "progressive" is DiTFastAttnV2's, step by step,
     with a graph for each step; it is also what "joint" does where there may be as many buckets as
-    steps. first_step: "arrow" lets heads of step 0 be arrows; on_mismatch="dense" then has no graph
-    to run. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
-    scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
-    keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
+    steps. first_step: "arrow" lets step 0 have arrows. wanted: how much is run. prices: maximise
+    milliseconds saved, not pairs. scratch: folder for finished runs, which resume takes up.
+    announce is told the memory needed, keep_tables the errors recorded. Raises ArrowheadError.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, steps, height, width, guidance_scale, max_sequence_length, seed)
     _check_arguments(settings, delta, cap_factor, candidates, method, max_buckets)
-    check_first_step(first_step)
     method = "progressive" if max_buckets >= steps else method
     bare = dense_plan_of(pipe, settings, block, source, revision)
     effort = _effort(bare, settings, wanted, together=method == "progressive")
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
-    search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor), effort, prices,
-                    progress or (lambda *_: None), first_step)  # fmt: skip
-    memory = search.memory()
-    check_memory(memory, pipe, announce)
+    bounds, report = Bounds(delta, cap_factor), progress or (lambda *_: None)
+    search = Search(pipe, settings, bare, modes, bounds, effort, prices, report, first_step)
+    check_memory(memory := search.memory(), pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
         divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
