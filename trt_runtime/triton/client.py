@@ -104,7 +104,7 @@ class Client:
             self._client.stop_stream(cancel_requests=not refused)
 
     def begin(self, prompts: Sequence[str] = (), **inputs: Any) -> Any:
-        """Send a request and do not wait: what it gives has get_result() and cancel(); gRPC."""
+        """Send a request and do not wait for it: what it gives has cancel(); gRPC."""
         tensors, wanted = self._tensors(prompts, inputs, _EVERY_OUTPUT)
         return self._client.async_infer(
             self.model, tensors, outputs=wanted, callback=lambda result, error: None

@@ -23,6 +23,7 @@ from trt_runtime.pipeline import Picture
 from trt_runtime.triton.closing import ERROR_LINGER_SECONDS, LINGER_SECONDS, Closing
 from trt_runtime.triton.interface import inputs, outputs
 from trt_runtime.triton.metrics import Metrics
+from trt_runtime.triton.orphan import leave_with_server
 from trt_runtime.triton.request import Asked, parse
 from trt_runtime.triton.service import PictureService, Preview, png
 
@@ -79,6 +80,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle of this version; an ArrowheadError here is what the load reports."""
         check_numpy()
+        leave_with_server()
         config = json.loads(args["model_config"])
         given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         parameters = PARAMETERS | given

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,8 @@ from trt_runtime.triton.environment import libpython_folder, server_files
 SERVER_VARIABLE = "ARROWHEAD_TRITON"
 _SHARED_MEMORY = Path("/dev/shm")
 _HOST = "127.0.0.1"
+_EXIT_SECONDS = 30  # Triton's own deadline for its stop; past it it ends with status 1
+_ORPHAN_SECONDS = 5.0  # for the models' processes to end after a server that did not tell them
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,16 @@ class Server:
         self._log = Path()
         self._process: subprocess.Popen[bytes] | None = None
         self._stack = ExitStack()
-        self.clean_stop = False  # True after a stop that took no SIGKILL
-        self.left: list[Path] = []  # shared memory that the server left at its stop
+        # Of the stop: the status (negative: the signal that ended it), whether it, or a model's
+        # process after it, took a SIGKILL of ours, and the shared memory that was left.
+        self.exit_status: int | None = None
+        self.killed = False
+        self.left: list[Path] = []
+
+    @property
+    def clean_stop(self) -> bool:
+        """Whether it has stopped, in time and by itself."""
+        return self.exit_status == 0 and not self.killed
 
     @property
     def pid(self) -> int:
@@ -112,7 +122,7 @@ class Server:
             *(f"--{name}-address={_HOST}" for name in ports),
             *(f"--{name}-port={port}" for name, port in ports.items()),
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
-            "--exit-timeout-secs=30",
+            f"--exit-timeout-secs={_EXIT_SECONDS}",
             *self._arguments,
         ]
 
@@ -140,7 +150,7 @@ class Server:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        self._stop(patience=40)
+        self._stop(patience=_EXIT_SECONDS + 10)
 
     def log(self) -> str:
         """Give all it has printed."""
@@ -203,17 +213,21 @@ class Server:
         if process is not None:
             if process.poll() is None and patience:
                 process.send_signal(signal.SIGINT)
-                try:
-                    self.clean_stop = process.wait(patience) == 0
-                except subprocess.TimeoutExpired:
-                    pass
-            # Models' processes are of the same group, and may have outlived the server.
-            try:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(patience)
+            if process.poll() is None:
+                self.killed = True
+                process.kill()
+            self.exit_status = process.wait()
+            # Models' processes are of the same group.
+            deadline = time.monotonic() + (_ORPHAN_SECONDS if patience else 0)
+            with suppress(ProcessLookupError):
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.02)
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-        self.left = self.shared_memory()  # an unclean stop leaves them
+                self.killed = True
+        self.left = self.shared_memory()
         for segment in self.left:
             segment.unlink(missing_ok=True)
         self._stack.close()

@@ -94,6 +94,23 @@ def test_a_killed_process_fails_its_request_and_a_reload_mends_it(
     assert np.array_equal(decode(got.pictures[0]), twin("sd3")([PROMPT], [1])[0])
 
 
+def test_models_go_with_a_server_that_is_killed(
+    repository: Path, installation: Installation
+) -> None:
+    """Also from the midst of a call: Triton's own watch leaves those behind."""
+    with Server(repository, installation, start_seconds=120) as server:
+        client = Client(f"127.0.0.1:{server.grpc}")
+        client.draw([PROMPT], seed=0)
+        for seed in range(20):
+            client.begin([PROMPT], seed=seed)
+        time.sleep(0.2)
+        os.kill(server.pid, signal.SIGKILL)
+        wait_for("the end of its models", lambda: not stubs(server), 5)
+    client.close()
+    assert server.exit_status == -signal.SIGKILL
+    assert not server.killed and not server.left
+
+
 def test_a_load_that_fails_says_why_and_leaves_the_old_version(
     served: Path, server: Server, client: Client, control: Any
 ) -> None:
