@@ -55,6 +55,15 @@ VARIANTS = {
         "The search of `both` with errors weighted by how much the prediction moves with the "
         "head's output: one backward pass a step.",
     ),
+    "pooled": Variant(
+        DELTA, "one bound for the run", "#e07a1f", "8",
+        "The search of `both` with delta as the bound of the errors' mean over all steps and "
+        "modules, not of each: one price of error for the whole run.",
+    ),
+    "pooled-gradient": Variant(
+        DELTA, "one bound, gradients", "#14a098", "H",
+        "The search of `pooled` with the weights of `gradient`.",
+    ),
     "paper": Variant(
         DELTA, "published rule", "#b23a48", "D",
         "DiTFastAttnV2's rule: step by step, one bound delta for all modules and steps, "

@@ -115,6 +115,8 @@ _SEARCHES: dict[str, Callable[[Planner, float], Plan]] = {
     "stream": partial(Planner.search, error_weights="stream"),
     "stream-dt": partial(Planner.search, error_weights="stream-dt"),
     "gradient": partial(Planner.search, error_weights="gradient"),
+    "pooled": partial(Planner.search, method="pooled"),
+    "pooled-gradient": partial(Planner.search, method="pooled", error_weights="gradient"),
     "paper": partial(Planner.search, method="progressive", prices=None),
     "layer": Planner.layerwise,
     "random": Planner.shuffled,
