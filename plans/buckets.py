@@ -59,7 +59,7 @@ def choose_buckets(
     work = sum(tables.heads) << (count - 1)
     found = []
     if start is None or work > _SEARCHED:
-        found = likely_schedules(tables, delta, cap_factor, count, start, report)
+        found = _candidates(tables, delta, cap_factor, count, start, report)
     if work <= _SEARCHED:
         if start is None:
             kicks = min(_KICKS, 6 * (_SEARCHED // max(1, work)))
@@ -90,7 +90,7 @@ def _refined(tables: HeadTables, delta: float, cap_factor: float, choice: Choice
     return Choice(modes, schedule, saving)
 
 
-def likely_schedules(
+def _candidates(
     tables: HeadTables,
     delta: float,
     cap_factor: float,

@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from plans.buckets import Choice, Judge, check_bucket_limit, joined, likely_schedules
+from plans.buckets import Choice, Judge, check_bucket_limit, choose_buckets, joined
 from plans.estimate import Flags
 from plans.refine import all_options
-from plans.schedules import Progress, Schedule, climb
+from plans.schedules import Progress, Schedule, climb, search_schedule
 from plans.tables import Floats, HeadTables, Ints
 from plans.tiles import CACHED, FULL
 
-_HALVINGS = 48  # of the range of prices, in its logarithm
+_HALVINGS = 32  # of the range of prices, in its logarithm
 _CLIMBED = 400_000  # options times steps times heads of a schedule up to which it is improved on
+_KICKS, _WIDER = 2, (1, 2, 4)
 # Options that the default ones of a schedule are made with: caps so wide seldom keep one out.
 _WIDE = 6.0
 
@@ -51,9 +52,17 @@ def choose_pooled(
         return joined(Choice(codes[modes], tuple(range(tables.steps)), saved))
     judge = _PooledJudge(tables, delta, budget)
     report = progress or (lambda *_: None)
-    found = likely_schedules(tables, delta, cap_factor, max_buckets, start, report)
+    # With a module's own bound this wide and wider, much the same steps refresh what others read.
+    found = [
+        choose_buckets(tables, factor * delta, cap_factor, max_buckets, start, report).schedule
+        for factor in _WIDER
+    ]
     if judge.options_of(found[0]) * tables.steps * sum(tables.heads) <= _CLIMBED:
-        found += [climb(judge.saving, schedule, max_buckets) for schedule in dict.fromkeys(found)]
+        if start is None:
+            args = (judge.saving, tables.steps, max_buckets, report, found, _KICKS)
+            found.append(search_schedule(*args))
+        else:
+            found.append(climb(judge.saving, tuple(start), max_buckets))
     return joined(judge.choose(max(found, key=judge.saving)))
 
 
@@ -172,4 +181,11 @@ class _PooledJudge(Judge):
             return picked, float(sums[picked, rows].sum())
 
         finite = np.where(np.isfinite(savings), savings, 0.0)
-        return _at_least_price(cheapest, self._budget, _scale(finite, sums))[0]
+        picked, spent = _at_least_price(cheapest, self._budget, _scale(finite, sums))
+        for row in rows:  # what room is left is used head by head
+            room = self._budget - spent + sums[picked[row], row]
+            gain = np.where(sums[:, row] <= room, savings[:, row], -np.inf)
+            if gain.max() > savings[picked[row], row]:
+                spent += sums[gain.argmax(), row] - sums[picked[row], row]
+                picked[row] = gain.argmax()
+        return picked

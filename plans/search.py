@@ -67,13 +67,11 @@ def search_plan(
 
     delta bounds the sum over heads of relative squared errors in each (step, module), and
     cap_factor * delta / H each head's. method: "joint" chooses at most max_buckets buckets, their
-    modes and the schedule together (plans.buckets); "progressive" is DiTFastAttnV2's, step by step,
-    with a graph for each step; it is also what "joint" does where there may be as many buckets as
-    steps; "pooled" as "joint", with one bound for all, delta, on the mean of those sums over steps
-    and modules, and none on single heads. first_step: "arrow" lets heads of step 0 be arrows;
+    modes and the schedule together (plans.buckets), or, where each step may have its own, does as
+    "progressive", DiTFastAttnV2's way step by step; "pooled" bounds only the mean of those sums
+    over steps and modules (plans.pooled). first_step: "arrow" lets heads of step 0 be arrows;
     on_mismatch="dense" then has no graph to run. wanted: how much is run. prices: maximise
-    milliseconds saved, not query/key pairs.
-    error_weights: what errors are multiplied by before they are bounded (plans.importance).
+    milliseconds saved, not query/key pairs. error_weights: see plans.importance.
     scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
     keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
     """
@@ -84,9 +82,8 @@ def search_plan(
     bare = dense_plan_of(pipe, settings, block, source, revision)
     effort = _effort(bare, settings, wanted, together=method == PROGRESSIVE)
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
-    bounds = Bounds(delta, cap_factor, method == POOLED)
-    search = Search(pipe, settings, bare, modes, bounds, effort, prices, progress, first_step,
-                    error_weights)  # fmt: skip
+    search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor, method == POOLED),
+                    effort, prices, progress, first_step, error_weights)  # fmt: skip
     check_memory(memory := search.memory(), pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
