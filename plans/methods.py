@@ -163,9 +163,8 @@ class Search:
         prompts: errors are those of the activations the plan leads to. The search ends where a
         plan keeps the bounds once all prompts were seen. Where none of `rounds` does, the last is
         raised until it does; without a final check by what its run tells, and the errors are called
-        what they are: predicted. Where one bound is for the whole run, errors are those of the runs
-        in full alone: on the activations that a plan leads to, a head that is cached where those
-        before it are errs by less than it makes the prediction err.
+        what they are: predicted. Where one bound is for the whole run, a group's errors stay those
+        of its first run, and delta is lowered until a plan keeps the bound.
         """
         groups, rounds = len(self._runs.groups), self._effort.rounds
         recorder = self._runs.recorder(self._bare)
