@@ -18,10 +18,14 @@ from plans.tiles import CACHED, FULL, kept_pairs
 
 
 class Bounds(NamedTuple):
-    """Of a module's errors at a step: their sum, and a head's share times the head count."""
+    """Of a module's errors at a step: their sum, and a head's share times the head count.
+
+    pooled: delta bounds the mean of the sums over all steps and modules instead, and nothing else.
+    """
 
     delta: float
     cap_factor: float
+    pooled: bool = False
 
     def cap(self, module: AttentionModule) -> float:
         """Return the bound of each of a module's heads."""
@@ -33,8 +37,38 @@ class Bounds(NamedTuple):
         return np.maximum(sums - self.delta, most - self.cap(module)).clip(min=0)
 
     def broken(self, modules: Sequence[AttentionModule], errors: HeadErrors) -> bool:
-        """Whether any sum or head is over its bound at any step."""
-        return any(self.excess(m, np.array([row[m.name] for row in errors])).any() for m in modules)
+        """Whether any sum or head is over its bound at any step; pooled, whether the mean is."""
+        return (
+            self.share(errors) > 1
+            if self.pooled
+            else any(
+                self.excess(m, np.array([row[m.name] for row in errors])).any() for m in modules
+            )
+        )
+
+    def share(self, errors: HeadErrors) -> float:
+        """Return the mean sum of a step's and module's errors, of delta."""
+        sums = [sum(heads) for row in errors for heads in row.values()]
+        return sum(sums) / (len(sums) * self.delta) if any(sums) else 0.0
+
+    def raising(self, found: Mapping[str, Floats]) -> Bounds | Most:
+        """Return what heads are held to one by one so that errors, by module [N, H], are within."""
+        if not self.pooled:
+            return self
+        errors = np.sort(np.concatenate([table.ravel() for table in found.values()]))
+        steps = len(next(iter(found.values())))
+        kept = np.searchsorted(errors.cumsum(), self.delta * steps * len(found), side="right")
+        return Most(float(errors[kept - 1]) if kept else 0.0)
+
+
+class Most(NamedTuple):
+    """One bound for every head's error."""
+
+    error: float
+
+    def excess(self, module: AttentionModule, errors: Floats) -> Floats:
+        """Return by how much the largest of a module's errors [N, H] is over at each step."""
+        return (errors.max(axis=1) - self.error).clip(min=0)
 
 
 def raise_offenders(
@@ -54,10 +88,11 @@ def raise_offenders(
     """
     found = {m.name: np.array([row[m.name] for row in errors]) for m in plan.modules}
     ladder = _Ladder(plan, candidates)
-    plan = _retimed(plan, found, bounds, ladder)
+    held = bounds.raising(found)
+    plan = _retimed(plan, found, held, ladder)
     tables = [{name: list(modes) for name, modes in b.modes.items()} for b in plan.buckets]
     for module in plan.modules:
-        for bucket, head in _offenders(plan, module, found[module.name], bounds):
+        for bucket, head in _offenders(plan, module, found[module.name], held):
             mode = tables[bucket][module.name][head]
             tables[bucket][module.name][head] = ladder.above(module, head, mode)
     used = sorted(set(plan.schedule))
@@ -100,7 +135,7 @@ class _Ladder:
         )
 
 
-def _retimed(plan: Plan, errors: dict[str, Floats], bounds: Bounds, ladder: _Ladder) -> Plan:
+def _retimed(plan: Plan, errors: dict[str, Floats], bounds: Bounds | Most, ladder: _Ladder) -> Plan:
     """Give broken steps buckets without caches where that is cheaper; clears their errors."""
     computing = [
         b for b, bucket in enumerate(plan.buckets)
@@ -131,7 +166,7 @@ def _retimed(plan: Plan, errors: dict[str, Floats], bounds: Bounds, ladder: _Lad
     return plan
 
 
-def _over(module: AttentionModule, errors: Floats, bounds: Bounds) -> Iterator[int]:
+def _over(module: AttentionModule, errors: Floats, bounds: Bounds | Most) -> Iterator[int]:
     """Yield a module's heads to raise, largest error [H] first, until the others are in bounds."""
     errors = errors.copy()
     while bounds.excess(module, errors[None]).any():
@@ -157,7 +192,7 @@ def widest_way(plan: Plan, module: str, head: int) -> int:
 
 
 def _offenders(
-    plan: Plan, module: AttentionModule, errors: Floats, bounds: Bounds
+    plan: Plan, module: AttentionModule, errors: Floats, bounds: Bounds | Most
 ) -> Iterator[tuple[int, int]]:
     """Yield buckets and heads to raise until no error [N, H] that still counts is over a bound."""
     schedule, cached = np.array(plan.schedule), _cached(plan, module)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plans.errors import ArrowheadError
-from plans.estimate import Estimate, ages, subsets
+from plans.estimate import Estimate, Flags, ages, subsets
 from plans.refine import all_options, exchange_pairs
 from plans.schedules import Progress, Schedule, climb, search_schedule
 from plans.tables import Floats, HeadTables, Ints
@@ -53,7 +53,7 @@ def choose_buckets(
     many. Deterministic. Raises ArrowheadError if there may be no bucket.
     """
     check_bucket_limit(max_buckets)
-    judge = _Judge(tables, delta, cap_factor)
+    judge = Judge(tables, delta, cap_factor)
     count = min(max_buckets, tables.steps)
     report = progress or (lambda *_: None)
     work = sum(tables.heads) << (count - 1)
@@ -70,14 +70,14 @@ def choose_buckets(
         found += [climb(judge.saving, schedule, count) for schedule in dict.fromkeys(found)]
     best = sorted(dict.fromkeys(found), key=judge.saving, reverse=True)[:_REFINED]
     refined = [_refined(tables, delta, cap_factor, judge.choose(schedule)) for schedule in best]
-    return _joined(max(refined, key=lambda choice: choice.saving))
+    return joined(max(refined, key=lambda choice: choice.saving))
 
 
 def _refined(tables: HeadTables, delta: float, cap_factor: float, choice: Choice) -> Choice:
     """Try every mode in every bucket, a module at a time (plans.refine); saves no less."""
     modes, saving, schedule = choice.modes.copy(), 0.0, choice.schedule
     for index, (first, heads) in enumerate(zip(tables.starts, tables.heads, strict=True)):
-        judge = _Judge(tables.of_module(index), delta, cap_factor)
+        judge = Judge(tables.of_module(index), delta, cap_factor)
         rows = slice(first, first + heads)
         saved = judge.saved(modes[:, rows], schedule)
         arrows = np.flatnonzero(np.isfinite(tables.arrow[0, rows]).any(axis=0)) + 1
@@ -114,7 +114,7 @@ def _candidates(
 
 def predicted_errors(tables: HeadTables, choice: Choice) -> Floats:
     """Return what the tables say that a choice errs, [N, R]."""
-    return _Judge(tables, 1.0, 1.0).errors_of(choice)
+    return Judge(tables, 1.0, 1.0).errors_of(choice)
 
 
 def corrected(tables: HeadTables, choice: Choice, measured: Floats) -> HeadTables:
@@ -132,7 +132,7 @@ def _caps(heads: Sequence[int], delta: float, factor: float) -> Floats:
     return np.repeat([factor * delta / own for own in heads], heads)
 
 
-def _joined(choice: Choice) -> Choice:
+def joined(choice: Choice) -> Choice:
     """Make buckets of equal modes one, and number them as they come."""
     rows, index = np.unique(choice.modes[list(choice.schedule)], axis=0, return_inverse=True)
     order: dict[int, int] = {}
@@ -148,7 +148,7 @@ def check_bucket_limit(max_buckets: int) -> None:
         )
 
 
-class _Judge:
+class Judge:
     """Finds the best modes under a schedule."""
 
     def __init__(self, tables: HeadTables, delta: float, cap_factor: float) -> None:
@@ -193,17 +193,23 @@ class _Judge:
         shares = np.bincount(plan, minlength=modes.shape[1]).astype(float)
         rows = np.arange(modes.shape[2])
         savings = np.einsum("k,pkr->pr", shares, self._saving[modes, rows])
-        allowed = ((errors < self._cap) | (errors == 0)).all(axis=1)
-        savings[~allowed] = -np.inf
-        picked = self._within_sums(savings, errors)
-        if tried is not None:
-            picked = exchange_pairs(savings, errors, picked, self._delta)
+        savings[~self.allowed(errors)] = -np.inf
+        picked = self.within(savings, errors, tried is not None)
         codes = np.array([FULL, *self._tables.windows, CACHED])
         return Choice(
             codes[modes[picked, :, rows]].T,
             schedule,
             float(savings[picked, rows].sum()),
         )
+
+    def allowed(self, errors: Floats) -> Flags:
+        """Say which options, of errors [P, N, R], heads may take: [P, R]."""
+        return ((errors < self._cap) | (errors == 0)).all(axis=1)
+
+    def within(self, savings: Floats, errors: Floats, in_pairs: bool) -> Ints:
+        """Pick an option per head: most saving with the errors within the bound."""
+        picked = self._within_sums(savings, errors)
+        return exchange_pairs(savings, errors, picked, self._delta) if in_pairs else picked
 
     def saved(self, modes: Ints, schedule: Schedule) -> float:
         """Return what modes [K, R], in codes of the tables, save over all steps."""

@@ -1,4 +1,4 @@
-"""The two ways to a plan: all of it at once from what runs record, or step by step in one run."""
+"""The ways to a plan: all of it at once from what runs record, or step by step in one run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from plans.denoising import Denoising, denoise
 from plans.effort import AGES, Effort, search_memory
 from plans.importance import GRADIENT, HEAD, check_error_weights, error_weights
 from plans.plan import Bucket, Plan
+from plans.pooled import choose_pooled
 from plans.prices import Prices
 from plans.recorder import Recorder, Savings, head_savings, pairs_saved, pooled_errors
 from plans.runs import Moments, Progress, Run, Runs, Scratch
@@ -39,7 +40,7 @@ class Found(NamedTuple):
 
 
 class Search:
-    """One search: what is asked, what its runs need, and the two methods."""
+    """One search: what is asked, what its runs need, and the methods."""
 
     def __init__(
         self,
@@ -146,10 +147,10 @@ class Search:
         self, method: str, max_buckets: int, keep_tables: Callable[[HeadTables], None] | None
     ) -> Found:
         """Search by one of the methods, and forget its finished runs."""
-        if method == "joint":
-            found = self.joint(max_buckets, keep_tables)
-        else:
+        if method == "progressive":
             found = self.progressive()
+        else:
+            found = self.joint(max_buckets, keep_tables)
         self.scratch.clear()
         return found
 
@@ -162,19 +163,21 @@ class Search:
         prompts: errors are those of the activations the plan leads to. The search ends where a
         plan keeps the bounds once all prompts were seen. Where none of `rounds` does, the last is
         raised until it does; without a final check by what its run tells, and the errors are called
-        what they are: predicted.
+        what they are: predicted. Where one bound is for the whole run, a group's errors stay those
+        of its first run, and delta is lowered until a plan keeps the bound.
         """
         groups, rounds = len(self._runs.groups), self._effort.rounds
         recorder = self._runs.recorder(self._bare)
         recorded: dict[int, Moments] = {}
-        plan, choice, broken = self._bare, None, 0
+        plan, choice, broken, aim = self._bare, None, 0, self._bounds.delta
         for turn in range(rounds + 1):
             group = turn % groups
             stage = f"measure {turn}" if turn else "record"
             run = self._runs.run(plan, stage, group, True, HEAD if turn else self._weighing)
             assert run.recorded is not None
             self._weigh(run)
-            recorded[group] = run.recorded
+            if group not in recorded or not self._bounds.pooled:
+                recorded[group] = run.recorded
             measured = pooled_errors([run.measured])[:, :, 0] * self._weights
             errors = errors_by_module(plan.modules, measured)
             kept = turn > 0 and not self._bounds.broken(plan.modules, errors)
@@ -183,13 +186,14 @@ class Search:
             if turn == rounds:
                 break
             broken += turn > 0 and not kept
+            aim = self._aim(aim, broken, errors)
             tables = self._tables(recorder, list(recorded.values()))
             if keep_tables is not None and turn < groups:
                 keep_tables(tables)
-            if choice is not None:
+            if choice is not None and not self._bounds.pooled:
                 own = self._tables(recorder, [run.recorded])
                 tables = replace(tables, drift=corrected(own, choice, measured).drift)
-            choice = self._choose(tables, broken, max_buckets, choice)
+            choice = self._choose(tables, aim, max_buckets, choice)
             plan = _plan_of(self._bare, choice)
         if self._effort.final_check:
             plan = raise_offenders(plan, errors, self._bounds, self._candidates)
@@ -201,13 +205,21 @@ class Search:
     def _tables(self, recorder: Recorder, runs: Sequence[Moments]) -> HeadTables:
         return replace(recorder.tables(runs, self._savings), weights=self._weights)
 
+    def _aim(self, before: float, broken: int, errors: HeadErrors) -> float:
+        """Lower delta for the next choice, where one broke it: other activations follow again.
+
+        A mean over the run follows what it aims at; a sum of one step and module need not.
+        """
+        if self._bounds.pooled:
+            return before * min(1.0, _AIM / self._bounds.share(errors)) if broken else before
+        return self._bounds.delta * (_AIM ** (broken + 1) if broken else 1)
+
     def _choose(
-        self, tables: HeadTables, broken: int, max_buckets: int, before: Choice | None
+        self, tables: HeadTables, aim: float, max_buckets: int, before: Choice | None
     ) -> Choice:
-        # A new choice leads to other activations yet: aim lower each time it broke the bounds.
-        aim = self._bounds.delta * (_AIM ** (broken + 1) if broken else 1)
+        choose = choose_pooled if self._bounds.pooled else choose_buckets
         dense = self._settings.steps * self._dense()
-        return choose_buckets(
+        return choose(
             tables.under(self._first_step), aim, self._bounds.cap_factor, max_buckets,
             start=None if before is None else before.schedule,
             progress=lambda i, n, saved: self._report("choose", i, n, saved / dense),
@@ -251,8 +263,8 @@ class Search:
         if self._weighing != HEAD:
             weights = errors_by_module(bare.modules, self._weights)
         strategy = ChooseHeads(
-            bare.modules, self._candidates, self._savings, *self._bounds,
-            self._effort.sample_tokens, self._first_step, weights,
+            bare.modules, self._candidates, self._savings, self._bounds.delta,
+            self._bounds.cap_factor, self._effort.sample_tokens, self._first_step, weights,
         )  # fmt: skip
         dense = self._dense()
 

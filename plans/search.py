@@ -30,7 +30,7 @@ from plans.tiles import CACHED, candidate_half_windows
 
 CANDIDATES = ("arrow", "cache")
 DIVISORS = (8, 16, 32)
-METHODS = ("joint", "progressive")
+JOINT, PROGRESSIVE, POOLED = METHODS = ("joint", "progressive", "pooled")
 METRIC = "relative squared error per head: mean (O_m - O)^2 / mean (O - mean O)^2, in fp32"
 
 
@@ -67,27 +67,27 @@ def search_plan(
 
     delta bounds the sum over heads of relative squared errors in each (step, module), and
     cap_factor * delta / H each head's. method: "joint" chooses at most max_buckets buckets, their
-    modes and the schedule together (plans.buckets); "progressive" is DiTFastAttnV2's, step by step,
-    with a graph for each step; it is also what "joint" does where there may be as many buckets as
-    steps. first_step: "arrow" lets heads of step 0 be arrows; on_mismatch="dense" then has no graph
-    to run. wanted: how much is run. prices: maximise milliseconds saved, not query/key pairs.
-    error_weights: what errors are multiplied by before they are bounded (plans.importance).
+    modes and the schedule together (plans.buckets), or, where each step may have its own, does as
+    "progressive", DiTFastAttnV2's way step by step; "pooled" bounds only the mean of those sums
+    over steps and modules (plans.pooled). first_step: "arrow" lets heads of step 0 be arrows;
+    on_mismatch="dense" then has no graph to run. wanted: how much is run. prices: maximise
+    milliseconds saved, not query/key pairs. error_weights: see plans.importance.
     scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
     keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, steps, height, width, guidance_scale, max_sequence_length, seed)
     _check_arguments(settings, delta, cap_factor, candidates, method, max_buckets)
-    method = "progressive" if max_buckets >= steps else method
+    method = PROGRESSIVE if method == JOINT and max_buckets >= steps else method
     bare = dense_plan_of(pipe, settings, block, source, revision)
-    effort = _effort(bare, settings, wanted, together=method == "progressive")
+    effort = _effort(bare, settings, wanted, together=method == PROGRESSIVE)
     modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
-    search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor), effort, prices,
-                    progress, first_step, error_weights)  # fmt: skip
+    search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor, method == POOLED),
+                    effort, prices, progress, first_step, error_weights)  # fmt: skip
     check_memory(memory := search.memory(), pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
-        divisors=list(divisors), max_buckets=max_buckets if method == "joint" else None,
+        divisors=list(divisors), max_buckets=None if method == PROGRESSIVE else max_buckets,
         first_step=first_step, sample_tokens=effort.sample_tokens, error_weights=error_weights,
     )  # fmt: skip
     search.begin(Scratch(scratch, _identity(settings, bare, effort, asked), resume))
@@ -206,7 +206,7 @@ def _bounds_of(
             expected="the error that each step and module may make",
             fix="pass --delta, from 0.2 on",
         )
-    return Bounds(math.inf if delta is None else delta, cap_factor)
+    return Bounds(math.inf if delta is None else delta, cap_factor, record.get("method") == POOLED)
 
 
 def _check_arguments(

@@ -136,7 +136,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="step counts of `steps` (default: 7/8, 3/4, 5/8, 1/2, 3/8 of the full count)",
+        help="step counts of `steps` and `fewer` (default: 7/8, 3/4, 5/8, 1/2, 3/8 of all)",
     )
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), metavar="X",
@@ -144,7 +144,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--stacked-delta", type=float, metavar="X",
-        help="bound of the plan of `stacked` (default: the middle one of --deltas)",
+        help="bound of the plans of `stacked` and `fewer` (default: the middle one of --deltas)",
     )  # fmt: skip
     parser.add_argument(
         "--prices",

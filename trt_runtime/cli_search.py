@@ -94,10 +94,11 @@ def add_search(actions: Verbs, run: Callable[[argparse.Namespace], int]) -> None
     )
     parser.add_argument(
         "--method",
-        choices=("joint", "progressive"),
+        choices=("joint", "progressive", "pooled"),
         default="joint",
         help="joint (default): at most --max-buckets graphs, chosen together with their schedule; "
-        "progressive: DiTFastAttnV2's own search, step by step, a graph for each step",
+        "progressive: DiTFastAttnV2's own search, step by step, a graph for each step; pooled: as "
+        "joint, with --delta the mean over all steps and modules, not the bound of each",
     )
     add_error_weights(parser)
     graphs = "graphs of the joint search at most (default 4)"

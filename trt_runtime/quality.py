@@ -22,7 +22,7 @@ from trt_runtime.quality_curves import compare_curves
 from trt_runtime.quality_draw import Artist, Drawn, work_saved
 from trt_runtime.quality_peers import missing_peers
 from trt_runtime.quality_report import load_captions, open_report, save_captions, save_report
-from trt_runtime.quality_settings import STEPS, VARIANTS, Point, Settings, points
+from trt_runtime.quality_settings import VARIANTS, Point, Settings, points
 from trt_runtime.quality_variants import Planner, Run, run_of
 from trt_runtime.verify import Accuracy
 
@@ -136,11 +136,9 @@ class _Bench:
         drawn = self.draw(point.name, point.steps, run)
         self._report("marks", 0, 1)
         marks, by_caption = judge.marks(drawn)
-        if point.variant == STEPS:
-            saved = 1 - point.steps / self._settings.steps
-            work = {"attention_flops_saved": saved, "transformer_flops_saved": saved}
-        else:
-            work = work_saved(run.plan or self._bare, drawn.ran)
+        plan = run.plan or self._bare
+        share = plan.steps / self._settings.steps  # of a plan of fewer steps
+        work = {k: 1 - share * (1 - v) for k, v in work_saved(plan, drawn.ran).items()}
         return work | _times(drawn) | marks, by_caption
 
     def _report(self, what: str, at: int, of: int) -> None:

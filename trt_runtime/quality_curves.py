@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trt_runtime.marks import Numbers, PerCaption, bootstrap
-from trt_runtime.quality_settings import OURS, STACKED, VARIANTS
+from trt_runtime.quality_settings import OWN, VARIANTS
 
 POINTS = 9  # costs a pair of curves is compared at
 AXES = {
@@ -44,7 +44,7 @@ def time_saved(report: Mapping[str, Any], row: Row) -> float:
 def compare_curves(
     report: Mapping[str, Any], by_caption: Mapping[str, PerCaption], *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Hold our curve, and the stacked one, against every other at equal cost.
+    """Hold each of our curves (OWN) against every other at equal cost.
 
     At POINTS savings, evenly over the range that both curves cover from 0 on, each is interpolated
     between its rows, caption by caption; differences are ours less theirs, with the paired 95 %
@@ -55,9 +55,9 @@ def compare_curves(
     for mark in MARKS:
         for axis in AXES:
             curves = _curves(report, by_caption, axis, mark)
-            for ours in (OURS, STACKED):
+            for ours in OWN:
                 for rival in curves:
-                    if ours in curves and rival not in (OURS, STACKED):
+                    if ours in curves and rival not in OWN:
                         weights = _weights(by_caption, mark, curves[ours])
                         pair = {"ours": ours, "rival": rival, "axis": axis, "mark": mark}
                         pair |= _compared(curves[ours], curves[rival], weights, seed)

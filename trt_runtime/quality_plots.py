@@ -172,7 +172,7 @@ def _draw_lines(axes: Any, rows: Sequence[Row], x: Value, y: Value) -> None:
             axes.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=variant.colour,
                           elinewidth=0.7, capsize=2)  # fmt: skip
         for row, at_x, at_y in zip(own, xs, ys, strict=True) if name in _NAMED else ():
-            text = f"{row['steps'] if name == STEPS else row[variant.knob]:g}"
+            text = f"{row[variant.knob]:g}"
             axes.annotate(text, (at_x, at_y), textcoords="offset points", xytext=(4, 5),
                           fontsize=6, color=variant.colour)  # fmt: skip
 

@@ -25,7 +25,8 @@ class Variant(NamedTuple):
     how: str
 
 
-OURS, STACKED = "both", "stacked"
+OURS, STACKED, FEWER = "both", "stacked", "fewer"
+OWN = (OURS, "pooled", "pooled-gradient", FEWER, STACKED)  # what rivals are compared with
 VARIANTS = {
     OURS: Variant(
         DELTA, "arrow and cache", "#1f3a5f", "o",
@@ -55,6 +56,15 @@ VARIANTS = {
         "The search of `both` with errors weighted by how much the prediction moves with the "
         "head's output: one backward pass a step.",
     ),
+    "pooled": Variant(
+        DELTA, "one bound for the run", "#e07a1f", ">",
+        "The search of `both` with delta as the bound of the errors' mean over all steps and "
+        "modules, not of each: one price of error for the whole run.",
+    ),
+    "pooled-gradient": Variant(
+        DELTA, "one bound, gradients", "#14a098", "H",
+        "The search of `pooled` with the weights of `gradient`.",
+    ),
     "paper": Variant(
         DELTA, "published rule", "#b23a48", "D",
         "DiTFastAttnV2's rule: step by step, one bound delta for all modules and steps, "
@@ -74,6 +84,11 @@ VARIANTS = {
     ),
     STEPS: Variant(
         STEPS, "fewer steps", "#8c4a6b", "x", "The uncompressed model with a smaller step count."
+    ),
+    FEWER: Variant(
+        STEPS, "plan and fewer steps", "#c2185b", "8",
+        "The search of `pooled` at one delta and a smaller step count: the plan's steps are those "
+        "of fewer steps, and save attention besides.",
     ),
     "first-block-cache": Variant(
         THRESHOLD, "FirstBlockCache", "#3d7dca", "<",
@@ -105,7 +120,8 @@ class Settings:
     seeds: pictures of a caption; the second noise of all captions follows the first. calibration:
     the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
     step counts of the variant "steps"; none: FEWER_STEPS of `steps`. thresholds: of the peers;
-    stacked_delta: of the plan that runs with one; none: the middle one of deltas. prices: of calls
+    stacked_delta: of the plan that runs with one, or with fewer steps; none: the middle one of
+    deltas. prices: of calls
     of `batch` pictures; the searches that save attention FLOPs then save milliseconds.
     """
 
@@ -179,7 +195,8 @@ class Point:
         if self.variant == STEPS:
             return f"{self.steps} steps"
         knobs = ((DELTA, self.delta), (THRESHOLD, self.threshold))
-        return ", ".join([self.variant, *(f"{name} {x:g}" for name, x in knobs if x is not None)])
+        kind = f"{FEWER}, {self.steps} steps" if self.variant == FEWER else self.variant
+        return ", ".join([kind, *(f"{name} {x:g}" for name, x in knobs if x is not None)])
 
 
 def points(settings: Settings) -> Iterator[Point]:
@@ -191,12 +208,13 @@ def points(settings: Settings) -> Iterator[Point]:
     for delta in settings.deltas:
         for variant in of[DELTA]:
             yield Point(variant, settings.steps, delta=delta)
-    for variant in of[STEPS]:
-        usual = {int(settings.steps * share) for share in FEWER_STEPS} - {0}
-        for steps in sorted(set(settings.fewer_steps) or usual, reverse=True):
-            yield Point(variant, steps)
     middle = sorted(settings.deltas)[len(settings.deltas) // 2] if settings.deltas else None
     stacked = middle if settings.stacked_delta is None else settings.stacked_delta
+    for variant in of[STEPS]:
+        bound = stacked if variant == FEWER else None
+        usual = {int(settings.steps * share) for share in FEWER_STEPS} - {0}
+        for steps in sorted(set(settings.fewer_steps) or usual, reverse=True):
+            yield Point(variant, steps, delta=bound)
     for variant in of[THRESHOLD]:
         for threshold in settings.thresholds:
             bound = stacked if variant == STACKED else None

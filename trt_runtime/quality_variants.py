@@ -20,7 +20,7 @@ from plans.run import run_plan
 from plans.search import search_plan
 from trt_runtime.parity import Progress
 from trt_runtime.quality_peers import dbcache, first_block_cache
-from trt_runtime.quality_settings import OURS, Point, Settings
+from trt_runtime.quality_settings import FEWER, OURS, Point, Settings
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,26 @@ class Planner:
         self._folder, self._progress = folder / "plans", progress
         self._known = {path.name for path in self._folder.glob("*.json")} if resumed else set()
 
-    def plan(self, variant: str, delta: float) -> tuple[Plan, str]:
-        """Give the plan of a variant at a bound, and its file, relative to the folder."""
-        path = self._folder / f"{variant}-{delta:g}.json"
+    def plan(self, variant: str, delta: float, steps: int | None = None) -> tuple[Plan, str]:
+        """Give the plan of a variant at a bound, and its file, relative to the folder.
+
+        steps: another count than the settings'.
+        """
+        counted = "" if steps is None else f"-{steps}-steps"
+        path = self._folder / f"{variant}{counted}-{delta:g}.json"
         if path.name not in self._known:
             self._folder.mkdir(exist_ok=True)
-            save_plan(_SEARCHES[variant](self, delta), path)
+            search = _SEARCHES[variant]
+            save_plan(search(self, delta, **({} if steps is None else {"steps": steps})), path)
             self._known.add(path.name)
         return load_plan(path), f"{self._folder.name}/{path.name}"
 
     def search(self, delta: float, **how: Any) -> Plan:
         """Search with plans.search."""
         settings = self.settings
-        how = {"prices": settings.prices} | how
+        how = {"prices": settings.prices, "steps": settings.steps} | how
         return search_plan(
-            self.pipe, settings.calibration, steps=settings.steps, height=settings.height,
+            self.pipe, settings.calibration, height=settings.height,
             width=settings.width, delta=delta, block=settings.block,
             max_buckets=settings.max_buckets, guidance_scale=settings.guidance_scale,
             max_sequence_length=settings.max_sequence_length, seed=settings.calibration_seed,
@@ -107,7 +112,7 @@ def shuffle_modes(plan: Plan, seed: Sequence[int]) -> Plan:
     return replace(shuffled, accounting=account(shuffled, batch=2 if plan.sampler.cfg else 1))
 
 
-_SEARCHES: dict[str, Callable[[Planner, float], Plan]] = {
+_SEARCHES: dict[str, Callable[..., Plan]] = {
     OURS: Planner.search,
     "arrow": partial(Planner.search, candidates=("arrow",)),
     "cache": partial(Planner.search, candidates=("cache",)),
@@ -115,6 +120,8 @@ _SEARCHES: dict[str, Callable[[Planner, float], Plan]] = {
     "stream": partial(Planner.search, error_weights="stream"),
     "stream-dt": partial(Planner.search, error_weights="stream-dt"),
     "gradient": partial(Planner.search, error_weights="gradient"),
+    "pooled": partial(Planner.search, method="pooled"),
+    "pooled-gradient": partial(Planner.search, method="pooled", error_weights="gradient"),
     "paper": partial(Planner.search, method="progressive", prices=None),
     "layer": Planner.layerwise,
     "random": Planner.shuffled,
@@ -128,6 +135,11 @@ def run_of(planner: Planner, point: Point) -> Run:
 
 def _follow(planner: Planner, point: Point) -> Run:
     plan, facts = _plan_of(planner, point.variant, point)
+    return Run(plan, partial(run_plan, planner.pipe, plan), plan.sha256, facts)
+
+
+def _plan_of_fewer_steps(planner: Planner, point: Point) -> Run:
+    plan, facts = _plan_of(planner, "pooled", point)
     return Run(plan, partial(run_plan, planner.pipe, plan), plan.sha256, facts)
 
 
@@ -159,7 +171,8 @@ def _stacked(planner: Planner, point: Point) -> Run:
 
 def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[str, Any]]:
     assert point.delta is not None
-    plan, file = planner.plan(variant, point.delta)
+    steps = None if point.steps == planner.settings.steps else point.steps
+    plan, file = planner.plan(variant, point.delta, steps)
     return plan, {
         "buckets": len(plan.buckets),
         "plan": file,
@@ -171,6 +184,7 @@ def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[s
 
 _RUNS: dict[str, Callable[[Planner, Point], Run]] = {
     "steps": _fewer_steps,
+    FEWER: _plan_of_fewer_steps,
     "first-block-cache": partial(_peer, first_block_cache),
     "dbcache": partial(_peer, dbcache),
     "stacked": _stacked,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plans.buckets import Choice, _Judge, choose_buckets, corrected
+from plans.buckets import Choice, Judge, choose_buckets, corrected
 from plans.errors import ArrowheadError
 from plans.estimate import Estimate
 from plans.optimum import per_step
@@ -176,7 +176,7 @@ def test_the_estimate_is_exact_where_no_sum_binds(
     estimate = Estimate(tables, np.full(rows, cap)).saving(plan)
     # One head a module, so that the bound on sums is no tighter than the cap.
     alone = replace(tables, heads=(1,) * rows)
-    assert estimate == pytest.approx(_Judge(alone, cap, 1.0).saving(plan), rel=1e-5)
+    assert estimate == pytest.approx(Judge(alone, cap, 1.0).saving(plan), rel=1e-5)
 
 
 @pytest.mark.parametrize("rule", FIRST_STEPS)
@@ -291,11 +291,11 @@ def test_weights_multiply_all_errors_of_their_step(seed: int) -> None:
     for buckets in (2, 3, 6):
         choice = choose_buckets(weighted, 0.3, 1.5, buckets)
         errors = weights * _errors(tables, choice.modes, choice.schedule)
-        np.testing.assert_allclose(_Judge(weighted, 0.3, 1.5).errors_of(choice), errors)
+        np.testing.assert_allclose(Judge(weighted, 0.3, 1.5).errors_of(choice), errors)
         assert _legal(tables, errors, 0.3, 1.5)
         cap = np.repeat(1.5 * 0.3 / np.array([3, 2]), [3, 2])
         alone = replace(weighted, heads=(1,) * 5)
-        judged = _Judge(alone, 1e9, 1e9)
+        judged = Judge(alone, 1e9, 1e9)
         judged._cap = cap
         assert Estimate(weighted, cap).saving(choice.schedule) == pytest.approx(
             judged.saving(choice.schedule), rel=1e-4

@@ -73,3 +73,17 @@ def test_prices_are_those_of_the_batch(pipe: Any, tmp_path: Path) -> None:
     assert found.find(modules[0], 2).shape.rows == 6
     arguments.prices = None
     assert _prices(pipe, arguments) is None
+
+
+def test_plans_of_fewer_steps_count_what_the_steps_save_too(pipe: Any, tmp_path: Path) -> None:
+    settings = base_settings(
+        deltas=(), stacked_delta=0.8, variants=("steps", "fewer"), fewer_steps=(2,)
+    )
+    plain, ours = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)["rows"]
+    assert (plain["name"], ours["name"]) == ("2 steps", "fewer, 2 steps, delta 0.8")
+    plan = load_plan(tmp_path / ours["plan"])
+    assert plan.steps == 2 and plan.accounting is not None
+    share = 2 / settings.steps
+    assert plain["attention_flops_saved"] == pytest.approx(1 - share)
+    own = plan.accounting["attention_flops_saved"]
+    assert own > 0 and ours["attention_flops_saved"] == pytest.approx(1 - share * (1 - own))

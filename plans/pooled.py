@@ -1,0 +1,191 @@
+"""Modes and buckets under one bound for a whole run, in place of one for each step and module.
+
+A bound for each step and module is spent there whether little is saved with it or much: a module
+that one head's caches would serve well stops where its sum is full, and another fills its own with
+heads that save little. Where all errors draw on one sum, one price of error serves all steps,
+modules and heads: each takes the options that save more than they err at that price, and the price
+is the least at which the sum is kept. A head's caches are chosen for the whole run at once: to
+compute it at one step is what lets later steps read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from plans.buckets import Choice, Judge, check_bucket_limit, choose_buckets, joined
+from plans.estimate import Flags
+from plans.refine import all_options
+from plans.schedules import Progress, Schedule, climb, search_schedule
+from plans.tables import Floats, HeadTables, Ints
+from plans.tiles import CACHED, FULL
+
+_HALVINGS = 32  # of the range of prices, in its logarithm
+_CLIMBED = 400_000  # options times steps times heads of a schedule up to which it is improved on
+_KICKS, _WIDER = 2, (1, 2, 4)
+# Options that the default ones of a schedule are made with: caps so wide seldom keep one out.
+_WIDE = 6.0
+
+
+def choose_pooled(
+    tables: HeadTables,
+    delta: float,
+    cap_factor: float,
+    max_buckets: int,
+    start: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Choice:
+    """Choose at most max_buckets buckets and a schedule that save much within one bound.
+
+    delta: of the mean, over steps and modules, of the sum of a module's errors. cap_factor says
+    only which schedules are tried. With a bucket for each step the choice is the best at its price,
+    and no schedule is searched. Deterministic.
+    """
+    check_bucket_limit(max_buckets)
+    budget = delta * tables.steps * len(tables.heads)
+    if max_buckets >= tables.steps:
+        runs = _Runs(tables)
+        modes, _ = _at_least_price(runs.cheapest, budget, runs.scale)
+        saved = runs.saved(modes)
+        codes = np.array([FULL, *tables.windows, CACHED])
+        return joined(Choice(codes[modes], tuple(range(tables.steps)), saved))
+    judge = _PooledJudge(tables, delta, budget)
+    report = progress or (lambda *_: None)
+    # With a module's own bound this wide and wider, much the same steps refresh what others read.
+    found = [
+        choose_buckets(tables, factor * delta, cap_factor, max_buckets, start, report).schedule
+        for factor in _WIDER
+    ]
+    if judge.options_of(found[0]) * tables.steps * sum(tables.heads) <= _CLIMBED:
+        if start is None:
+            args = (judge.saving, tables.steps, max_buckets, report, found, _KICKS)
+            found.append(search_schedule(*args))
+        else:
+            found.append(climb(judge.saving, tuple(start), max_buckets))
+    return joined(judge.choose(max(found, key=judge.saving)))
+
+
+def _at_least_price(
+    cheapest: Callable[[float], tuple[Ints, float]], budget: float, scale: float
+) -> tuple[Ints, float]:
+    """Return what is cheapest at the least price of error at which errors keep the budget."""
+    low, high = np.log(scale) - 30, np.log(scale) + 30
+    best = cheapest(float(np.exp(high)))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = cheapest(float(np.exp(middle)))
+        if found[1] <= budget:
+            best, high = found, middle
+        else:
+            low = middle
+    return best
+
+
+def _scale(savings: Floats, errors: Floats) -> float:
+    """Return a price of error that is neither much too high nor too low."""
+    usual = errors[np.isfinite(errors) & (errors > 0)]
+    return float(savings.max() / np.median(usual)) if len(usual) and savings.max() > 0 else 1.0
+
+
+class _Runs:
+    """Each head's whole run as stretches of steps: computed in the first, cached in the rest."""
+
+    def __init__(self, tables: HeadTables) -> None:
+        steps, rows, windows = tables.arrow.shape
+        shape = (steps, rows)
+        self._weights = np.broadcast_to(tables.weights, shape)
+        self._aging = self._weights * np.broadcast_to(tables.drift, shape)
+        self._own = np.zeros((steps, windows + 1, rows))  # by step, mode, head; 0 is FULL
+        self._own[:, 1:] = tables.arrow.transpose(0, 2, 1)
+        self._aged = tables.cached.transpose(0, 2, 1)  # by step, age - 1, head
+        self._saving = np.zeros((windows + 2, rows))  # the last is CACHED
+        self._saving[1:-1] = tables.arrow_saving.T
+        self._saving[-1] = tables.cached_saving
+        self.scale = _scale(self._saving, np.concatenate([self._own, self._aged], axis=1))
+
+    def saved(self, modes: Ints) -> float:
+        """Return what modes [N, R] save, as indices: full, the windows, cached."""
+        return float(self._saving[modes, np.arange(modes.shape[1])].sum())
+
+    def cheapest(self, price: float) -> tuple[Ints, float]:
+        """Return the modes [N, R] that cost least, errors at a price less savings; their errors."""
+        steps, rows = self._weights.shape
+        oldest, heads = self._aged.shape[1], np.arange(rows)
+        cost = np.full((steps + 1, rows), np.inf)  # least, of all steps before one
+        cost[0] = 0
+        erred = np.zeros((steps + 1, rows))
+        begun, taken = np.zeros((2, steps + 1, rows), dtype=int)
+        for first in range(steps):
+            errors = self._own[first] * self._weights[first]
+            total = price * errors - self._saving[:-1]
+            for end in range(first + 1, min(steps, first + 1 + oldest) + 1):
+                if end > first + 1:
+                    step = end - 1
+                    more = self._own[first] + self._aged[step, step - first - 1]
+                    more = more * self._aging[step]
+                    errors, total = errors + more, total + price * more - self._saving[-1]
+                mode = total.argmin(axis=0)
+                reached = cost[first] + total[mode, heads]
+                better = reached < cost[end]
+                cost[end][better] = reached[better]
+                erred[end][better] = (erred[first] + errors[mode, heads])[better]
+                begun[end][better] = first
+                taken[end][better] = mode[better]
+        return _traced(begun, taken, len(self._saving) - 1), float(erred[-1].sum())
+
+
+def _traced(begun: Ints, taken: Ints, cached: int) -> Ints:
+    """Return modes [N, R] from where the stretch before each step began, and with which mode."""
+    steps, rows = len(begun) - 1, begun.shape[1]
+    modes = np.full((steps, rows), cached)
+    heads, end = np.arange(rows), np.full(rows, steps)
+    while (end > 0).any():
+        open_, at = heads[end > 0], end[end > 0]
+        first = begun[at, open_]
+        modes[first, open_] = taken[at, open_]
+        end[open_] = first
+    return modes
+
+
+class _PooledJudge(Judge):
+    """Finds the best modes under a schedule where all errors draw on one sum."""
+
+    def __init__(self, tables: HeadTables, delta: float, budget: float) -> None:
+        super().__init__(tables, delta, _WIDE)
+        self._budget = budget
+        arrows = np.flatnonzero(np.isfinite(tables.arrow[0]).any(axis=0)) + 1
+        self._first = (0, *arrows)
+
+    def options_of(self, schedule: Schedule) -> int:
+        """Return how many options of a head are tried under a schedule."""
+        options = all_options(len(self._saving), schedule, 1, self._first)
+        return len(self._options(np.array(schedule))[0] if options is None else options)
+
+    def choose(self, schedule: Schedule, tried: Ints | None = None) -> Choice:
+        """Return the best modes found: of every mode in every bucket, if those are not too many."""
+        if tried is None:
+            tried = all_options(len(self._saving), schedule, 1, self._first)
+        return super().choose(schedule, tried)
+
+    def allowed(self, errors: Floats) -> Flags:
+        return np.asarray(np.isfinite(errors).all(axis=1))
+
+    def within(self, savings: Floats, errors: Floats, in_pairs: bool) -> Ints:
+        """Pick an option per head: most saving with the sum of all errors within the budget."""
+        sums, rows = errors.sum(axis=1), np.arange(savings.shape[1])
+        sums[~np.isfinite(savings)] = 0
+
+        def cheapest(price: float) -> tuple[Ints, float]:
+            picked = (savings - price * sums).argmax(axis=0)
+            return picked, float(sums[picked, rows].sum())
+
+        finite = np.where(np.isfinite(savings), savings, 0.0)
+        picked, spent = _at_least_price(cheapest, self._budget, _scale(finite, sums))
+        for row in rows:  # what room is left is used head by head
+            room = self._budget - spent + sums[picked[row], row]
+            gain = np.where(sums[:, row] <= room, savings[:, row], -np.inf)
+            if gain.max() > savings[picked[row], row]:
+                spent += sums[gain.argmax(), row] - sums[picked[row], row]
+                picked[row] = gain.argmax()
+        return picked
