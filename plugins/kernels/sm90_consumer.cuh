@@ -148,8 +148,17 @@ struct Consumer {
       issue_outputs<true>(o, p);
       wgmma_wait<1>();
       pin(s);
+      float2 factor = {1.f, 1.f};
+      const bool masked = is_masked(position, open);
+      if (masked || !softmax.try_step<!C::kOnes>(s, params.problem.scale_log2)) {
+        if (!masked) {
+          issue_scores(s);
+          wgmma_wait<0>();
+          pin(s);
+        }
+        factor = weigh(position, open, s, softmax);
+      }
       finish_k();
-      const float2 factor = weigh(position, open, s, softmax);
       end_block_after(C::kOnes ? some_weight(s) : softmax.row_sum[0] + softmax.row_sum[1]);
       wgmma_wait<0>();
       pin(o);
@@ -202,10 +211,13 @@ struct Consumer {
     return least;
   }
 
+  static __device__ __forceinline__ bool is_masked(int position, const int (&open)[3]) {
+    return position >= open[0] && (position < open[1] || position >= open[2]);
+  }
+
   __device__ __forceinline__ float2 weigh(int position, const int (&open)[3],
                                           float (&s)[C::kScores], OnlineSoftmax& softmax) {
-    const bool masked = position >= open[0] && (position < open[1] || position >= open[2]);
-    if (masked) mask(position, s);
+    if (is_masked(position, open)) mask(position, s);
     return softmax.step<!C::kOnes>(s, params.problem.scale_log2);
   }
 
