@@ -107,6 +107,7 @@ def _retimed(plan: Plan, errors: dict[str, Floats], bounds: Bounds, ladder: _Lad
         if all(mode != CACHED for modes in bucket.modes.values() for mode in modes)
     ]  # fmt: skip
     before = {m.name: ages(_cached(plan, m)[None]) for m in plan.modules}
+    full = plan.full_bucket
     for step, bucket in enumerate(plan.schedule):
         cost = plan.schedule.count(bucket) * sum(
             ladder.raised_cost(module, head, bucket)
@@ -115,7 +116,7 @@ def _retimed(plan: Plan, errors: dict[str, Floats], bounds: Bounds, ladder: _Lad
         )
         others = [
             b for b in computing
-            if b == plan.full_bucket or b in plan.schedule[:step] and b in plan.schedule[step + 1 :]
+            if b == full or b in plan.schedule[:step] and b in plan.schedule[step + 1 :]
         ]  # fmt: skip
         if not cost or bucket in computing or not others:
             continue

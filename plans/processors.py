@@ -48,7 +48,10 @@ class HeadwiseProcessor:
     ) -> None:
         self.module = module
         self.strategy = strategy
-        self._order = order
+        self._places: dict[int, int] | None = None  # of each head
+        if order is not None:
+            self._places = {head: place for place, head in enumerate(order)}
+        self._order = None if order is None else torch.tensor(order)
 
     def __call__(
         self,
@@ -73,14 +76,15 @@ class HeadwiseProcessor:
         heads = self.strategy.computed_heads(self.module)
         q = k = v = None
         if heads:
-            order = self._order
-            places = heads if order is None else tuple(order.index(head) for head in heads)
-            q, k, v = self._qkv(attn, hidden_states, encoder_hidden_states, places)
+            places = self._places
+            own = heads if places is None else tuple(places[head] for head in heads)
+            q, k, v = self._qkv(attn, hidden_states, encoder_hidden_states, own)
             if image_rotary_emb is not None:
                 q, k = _rotate(q, image_rotary_emb), _rotate(k, image_rotary_emb)
         merged = self.strategy.attend(self.module, q, k, v)
         if self._order is not None:
-            merged = merged[:, :, list(self._order)]
+            self._order = self._order.to(merged.device)  # once
+            merged = merged.index_select(2, self._order)
         merged = merged.flatten(2, 3).to(hidden_states.dtype)
         return self._project_out(attn, merged, encoder_hidden_states is not None)
 

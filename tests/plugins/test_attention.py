@@ -54,6 +54,28 @@ def test_edges(kernel: int, case: Case) -> None:
 
 
 @every_kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("direction", ["climb", "fall", "leap"])
+def test_scores_that_change_from_tile_to_tile(
+    kernel: int, dtype: torch.dtype, head_dim: int, direction: str
+) -> None:
+    """Random scores of one size have their maxima early: the running shift is then never moved."""
+    case = replace(MIX, head_dim=head_dim, dtype=dtype, image=1920)
+    q, k, v, cache = inputs(case)
+    size = torch.linspace(0.02, 12, case.seq_len, device="cuda")
+    if direction == "fall":
+        size = size.flip(0)
+    elif direction == "leap":  # one tile far above all before it, in few rows' sight
+        size = torch.ones_like(size)
+        size[1500:1540] = 40
+    k.mul_(size[:, None, None])
+    out, second = run(case, (q, k, v, cache), kernel)
+    check(case, (q, k, v, cache), out)
+    assert torch.equal(second.flip(2), out)
+
+
+@every_kernel
 @settings(
     max_examples=150, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plans import importance
+from plans import importance, search, tables
 from plans.plan import Plan, load_plan, save_plan
 from tests import tiny
 from tests.trt_runtime.conftest import Made
@@ -157,6 +157,7 @@ def test_error_weights_are_searched_with_kept_and_measured(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert tuple(importance.ERROR_WEIGHTS) == cli_search.ERROR_WEIGHTS
+    assert (tables.FIRST_STEPS, search.DIVISORS) == (cli_search.FIRST_STEPS, cli_search.DIVISORS)
     folder, _, _ = torch_bundle("flux")
     target = tmp_path / "plan.json"
     command = ["plan", "search", *sampling(folder), "--prompt", "a cat", "--delta", "0.5",
