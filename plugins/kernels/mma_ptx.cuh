@@ -1,4 +1,5 @@
-// The PTX of the fallback kernel: asynchronous copies, matrix loads, mma.sync (sm_80 and later).
+// PTX of sm_80 and later: asynchronous copies, matrix loads, mma.sync. The fallback kernel is made
+// of it, and the Hopper kernel what one warp does alone.
 #pragma once
 
 #include <cuda_bf16.h>

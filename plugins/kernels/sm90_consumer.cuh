@@ -1,6 +1,7 @@
 // A consumer warpgroup: 64 query rows against the tiles of the list, and their output.
 #pragma once
 
+#include "mma_ptx.cuh"
 #include "sm90_shared.cuh"
 #include "softmax.cuh"
 
@@ -148,8 +149,8 @@ struct Consumer {
       issue_outputs<true>(o, p);
       wgmma_wait<1>();
       pin(s);
+      const float2 factor = weigh_lazily(position, open, s, softmax);
       finish_k();
-      const float2 factor = weigh(position, open, s, softmax);
       end_block_after(C::kOnes ? some_weight(s) : softmax.row_sum[0] + softmax.row_sum[1]);
       wgmma_wait<0>();
       pin(o);
@@ -202,11 +203,53 @@ struct Consumer {
     return least;
   }
 
+  static __device__ __forceinline__ bool is_masked(int position, const int (&open)[3]) {
+    return position >= open[0] && (position < open[1] || position >= open[2]);
+  }
+
   __device__ __forceinline__ float2 weigh(int position, const int (&open)[3],
                                           float (&s)[C::kScores], OnlineSoftmax& softmax) {
-    const bool masked = position >= open[0] && (position < open[1] || position >= open[2]);
-    if (masked) mask(position, s);
+    if (is_masked(position, open)) mask(position, s);
     return softmax.step<!C::kOnes>(s, params.problem.scale_log2);
+  }
+
+  /// The same after a row's first tile: its maxima are looked for only if its weights, with the
+  /// shift there is, come out too large for 16 bits.
+  __device__ __forceinline__ float2 weigh_lazily(int position, const int (&open)[3],
+                                                 float (&s)[C::kScores], OnlineSoftmax& softmax) {
+    if (!is_masked(position, open)) {
+      if (softmax.try_step<!C::kOnes>(s, params.problem.scale_log2)) return {1.f, 1.f};
+      compute_scores_again(s);
+    }
+    return weigh(position, open, s, softmax);
+  }
+
+  /// Of this warp's 16 rows alone: a wgmma would need the other warps, whose weights may be fine.
+  __device__ __forceinline__ void compute_scores_again(float (&s)[C::kScores]) const {
+    const int lane = thread % 32;
+    const unsigned char* q = shared.q[group];
+    const unsigned char* k = shared.k[k_at.slot()];
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) s[i] = 0.f;
+#pragma unroll 1
+    for (int step = 0; step < C::kHeadDim / 16; ++step) {
+      std::uint32_t a[4];
+      mma::load_matrices(a, chunk(q, 64, thread / 32 * 16 + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+      for (int keys = 0; keys < C::kTileK; keys += 16) {
+        std::uint32_t b[4];  // two groups of eight keys, two halves of 16 columns each
+        const int key = keys + lane / 16 * 8 + lane % 8;
+        mma::load_matrices(b, chunk(k, C::kTileK, key, 2 * step + lane / 8 % 2));
+        mma::Multiply<T>::add(s + keys / 2, a, b[0], b[1]);
+        mma::Multiply<T>::add(s + keys / 2 + 4, a, b[2], b[3]);
+      }
+    }
+  }
+
+  /// Where columns 8 column .. 8 column + 7 of a row lie in a tile of so many rows.
+  static __device__ __forceinline__ const unsigned char* chunk(const unsigned char* tile, int rows,
+                                                               int row, int column) {
+    return tile + (column / 8 * rows + row) * kSlabRowBytes + (column % 8 ^ row % 8) * 16;
   }
 
   __device__ __forceinline__ void mask(int position, float (&s)[C::kScores]) {

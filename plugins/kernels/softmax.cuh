@@ -78,6 +78,33 @@ struct OnlineSoftmax {
     return {rescale[0], rescale[1]};
   }
 
+  /// The same with the shifts there are, and no look at the maxima: false, with the scores lost, if
+  /// some weight would exceed what fp16 holds. Their sums tell; infinities and NaN fail too.
+  template <bool kSum, int kScores>
+  __device__ __forceinline__ bool try_step(float (&s)[kScores], float scale_log2) {
+    float sums[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float sum[2] = {0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+        for (int i = 4 * j + 2 * row; i < 4 * j + 2 * row + 2; ++i) {
+          s[i] = exp2_fast(fmaf(s[i], scale_log2, -shift[row]));
+          sum[j % 2] += s[i];
+        }
+      }
+      sums[row] = sum[0] + sum[1];
+    }
+    constexpr float kMost = 32768.f;
+    if (!__all_sync(0xFFFFFFFFu, sums[0] <= kMost && sums[1] <= kMost)) return false;
+    if (kSum) {
+      row_sum[0] += sums[0];
+      row_sum[1] += sums[1];
+    }
+    return true;
+  }
+
   /// What the outputs are to be multiplied by at the end.
   __device__ __forceinline__ float2 finish() const {
     return {reciprocal_fast(quad_sum(row_sum[0])), reciprocal_fast(quad_sum(row_sum[1]))};
