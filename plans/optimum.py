@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plans.buckets import choose_buckets
+from plans.pooled import choose_pooled
 from plans.tables import FIRST_STEPS, Floats, HeadTables, Ints
 
 _SWEEPS = 4  # over the heads of a module
@@ -76,8 +77,11 @@ def compare_buckets(
     counts: Sequence[int],
     first_steps: Sequence[str] = FIRST_STEPS,
     progress: Callable[[str, int, int], None] | None = None,
+    method: str = "joint",
 ) -> dict[str, Any]:
     """Choose for every number of buckets, under each rule for the first step: a curve each.
+
+    method: "joint", delta bounds every step and module; "pooled", their mean.
 
     Saved are shares of what caches at every step would save, predicted by the tables. "bound" is
     the share that a graph for each step could save at most under the same rule, and "loss" the part
@@ -92,9 +96,9 @@ def compare_buckets(
                 whole = len(counts) * len(first_steps)
                 progress(f"first step {rule}, {count} graphs", before * len(counts) + done, whole)
 
-        curve = _curve(tables.under(first_step), delta, cap_factor, counts, advance)
+        curve = _curve(tables.under(first_step), delta, cap_factor, counts, advance, method)
         curves.append({"first_step": first_step} | curve)
-    return {"delta": delta, "cap_factor": cap_factor, "curves": curves}
+    return {"method": method, "delta": delta, "cap_factor": cap_factor, "curves": curves}
 
 
 def _curve(
@@ -103,16 +107,22 @@ def _curve(
     cap_factor: float,
     counts: Sequence[int],
     advance: Callable[[int, int], None],
+    method: str,
 ) -> dict[str, Any]:
     """Choose for every number of buckets from tables under one rule."""
+    pooled = method == "pooled"
+    choose = choose_pooled if pooled else choose_buckets
     most = np.concatenate([tables.arrow_saving, tables.cached_saving[:, None]], axis=1).max(axis=1)
     dense = tables.steps * float(most.sum()) or 1.0
-    reached, bound = (saving / dense for saving in per_step(tables, delta, cap_factor))
+    if pooled:  # a graph for each step is then found, not bracketed
+        reached = bound = choose(tables, delta, cap_factor, tables.steps).saving / dense
+    else:
+        reached, bound = (saving / dense for saving in per_step(tables, delta, cap_factor))
     rows: list[dict[str, Any]] = []
     for i, count in enumerate(counts):
         advance(count, i)
         begin = time.perf_counter()
-        choice = choose_buckets(tables, delta, cap_factor, count)
+        choice = choose(tables, delta, cap_factor, count)
         saved = choice.saving / dense
         rows.append(
             {

@@ -269,6 +269,12 @@ def add_buckets(actions: Verbs) -> None:
     parser.add_argument("tables", type=Path, metavar="TABLES")
     _add_bounds(parser)
     parser.add_argument(
+        "--method",
+        choices=("joint", "pooled"),
+        default="joint",
+        help="what --delta bounds, as in `plan search` (default joint)",
+    )
+    parser.add_argument(
         "--max-buckets",
         type=int,
         nargs="+",
@@ -295,7 +301,7 @@ def buckets(arguments: argparse.Namespace) -> int:
     with progress_bar() as advance:
         report = compare_buckets(
             tables, arguments.delta, arguments.cap_factor, arguments.max_buckets,
-            arguments.first_step, advance,
+            arguments.first_step, advance, arguments.method,
         )  # fmt: skip
     if arguments.json:
         write_json(report, arguments.json)
