@@ -6,6 +6,8 @@ without a convolution ONNX Runtime's CUDA provider needs no cuDNN.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import torch
 
@@ -31,34 +33,37 @@ def _permutation(graph: ir.Graph, node: ir.Node) -> None:
 def _patches(graph: ir.Graph, node: ir.Node) -> None:
     """Conv of [B, C, H, W] whose kernel is as wide as its stride: a product for every patch."""
     picture, kernel, *bias = node.inputs
-    shape = picture.shape if picture is not None else None
-    weight = kernel.const_value.raw if kernel is not None and kernel.const_value else None
-    if shape is None or kernel is None or not isinstance(weight, torch.Tensor):
+    if picture is None or picture.shape is None or kernel is None or kernel.const_value is None:
+        return
+    weight = kernel.const_value.raw
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 4:
         return
     out_channels, channels, *size = weight.shape
     given = {name: list(value.as_ints()) for name, value in node.attributes.items()
              if name in ("pads", "strides", "dilations")}  # fmt: skip
+    _, taken, *sides = picture.shape
+    whole = [side for side, patch in zip(sides, size, strict=True)
+             if isinstance(side, int) and side % patch == 0]  # fmt: skip
     if (
-        len(size) != 2
-        or given.get("strides") != size
+        given.get("strides") != size
         or any(given.get("pads", ()))
         or any(dilation != 1 for dilation in given.get("dilations", ()))
-        or shape[1] != channels
+        or taken != channels  # with groups a kernel has fewer
+        or len(whole) != 2
     ):
         return
-    across = [int(shape[axis]) // size[axis - 2] for axis in (2, 3)]
-    cut = [-1, channels, across[0], size[0], across[1], size[1]]
-    nodes = [ir.node("Reshape", [picture, _shape(graph, cut)])]
+    rows, columns = whole[0] // size[0], whole[1] // size[1]
+    nodes: list[ir.Node] = []
 
-    def then(operator: str, *inputs: ir.Value | None, **attributes: list[int]) -> None:
-        nodes.append(ir.node(operator, [nodes[-1].outputs[0], *inputs], attributes or None))
+    def then(operator: str, *inputs: ir.Value | None, **attributes: Any) -> None:
+        before = nodes[-1].outputs[0] if nodes else picture
+        nodes.append(ir.node(operator, [before, *inputs], attributes or None))
 
+    then("Reshape", _shape(graph, [-1, channels, rows, size[0], columns, size[1]]))
     then("Transpose", perm=[0, 2, 4, 1, 3, 5])
-    then("Reshape", _shape(graph, [-1, *across, channels * size[0] * size[1]]))
-    nodes.insert(0, ir.node("Transpose", [_matrix(graph, kernel, weight)], {"perm": [1, 0]}))
-    then("MatMul", nodes[0].outputs[0])
-    if bias:
-        then("Add", bias[0])
+    then("Reshape", _shape(graph, [-1, channels * size[0] * size[1]]))
+    then("Gemm", _matrix(graph, kernel, weight), *bias, transB=1)
+    then("Reshape", _shape(graph, [-1, rows, columns, out_channels]))
     then("Transpose", perm=[0, 3, 1, 2])
     _replace(graph, node, nodes)
 
@@ -86,7 +91,7 @@ def _initializer(
         graph.register_initializer(
             ir.Value(
                 name=name,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 type=None if dtype is None else ir.TensorType(dtype),
                 const_value=tensor,
             )
