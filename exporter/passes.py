@@ -8,6 +8,7 @@ import torch
 from onnxscript import optimizer
 
 from exporter.functions import DOMAIN, function_protos
+from exporter.patches import simplify
 from plans.bundle import BATCH
 
 # Weights and tables are torch tensors in the traced graph; folded constants are not.
@@ -28,6 +29,7 @@ def tidy(model: ir.Model) -> None:
         # A folded Transpose or Slice of a weight would be a second copy of its bytes.
         should_fold=lambda node: False if any(map(_is_weight, node.inputs)) else None,
     )
+    simplify(model.graph)
     _fix_reshapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

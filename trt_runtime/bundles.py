@@ -14,10 +14,11 @@ from plans.bundle import Bundle, GraphSpec, check_bundle, load_bundle
 from plans.errors import ArrowheadError
 from plans.plan import Plan, dense_plan, load_plan
 from trt_runtime.compiled_engine import CompiledEngine, CompiledModel
+from trt_runtime.device_weights import DeviceWeights
 from trt_runtime.engine import DTYPES, Engine
 from trt_runtime.live import live_bundle
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, SessionSettings, open_weights
-from trt_runtime.tensorrt_engine import ActivationMemory, DeviceWeights, TensorRTEngine
+from trt_runtime.tensorrt_engine import ActivationMemory, TensorRTEngine
 from trt_runtime.torch_engine import TorchEngine
 from trt_runtime.transformer import TRANSFORMERS, ArrowheadTransformer
 

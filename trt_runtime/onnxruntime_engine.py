@@ -1,5 +1,8 @@
 """Bucket graphs on ONNX Runtime, on a CPU, or on CUDA where that provider is installed.
 
+On CUDA weights and buffers are PyTorch's, and a run is launched without waiting for the device
+(trt_runtime.onnxruntime_cuda).
+
 The operators run by their function bodies, or by kernels of their own where those are built
 (trt_runtime.onnxruntime_operators).
 """
@@ -20,7 +23,9 @@ from torch import Tensor
 
 from plans.bundle import Bundle, GraphSpec, WeightSpec
 from plans.errors import ArrowheadError
-from trt_runtime.engine import check_active, check_buffers, check_inactive
+from trt_runtime import onnxruntime_cuda as cuda
+from trt_runtime.device_weights import DeviceWeights
+from trt_runtime.engine import DTYPES, check_active, check_buffers, check_inactive
 from trt_runtime.onnxruntime_operators import operators_for, register_operators
 
 # TensorProto.DataType numbers: ONNX Runtime takes these where NumPy has no type (bfloat16).
@@ -88,30 +93,33 @@ def _share_arena(ort: Any) -> None:
 
 
 class SharedWeights:
-    """One memory map of the bundle's weights file, seen by every session as OrtValues.
+    """One copy of the bundle's weights, seen by every session as OrtValues.
 
-    On a CUDA device each distinct byte range is copied there once.
+    On a CPU it is a memory map of the file, on CUDA memory of PyTorch's.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path = path
-        self.device = device
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self._on_device = None if device == "cpu" else DeviceWeights(path, device)
         self._values: dict[tuple[int, str, tuple[int, ...]], Any] = {}
 
     def value(self, weight: WeightSpec) -> Any:
         """Give the OrtValue over one initializer's bytes; the map must outlive the session."""
         key = (weight.offset, weight.dtype, tuple(weight.shape))
         if key not in self._values:
-            numpy_type, onnx_type = _NUMPY_TYPES[weight.dtype]
-            flat = self._bytes[weight.offset : weight.offset + weight.nbytes]
-            array = flat.view(numpy_type).reshape(weight.shape)
-            OrtValue = runtime().OrtValue
-            if self.device == "cpu":
-                self._values[key] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx_type)
-            else:
-                self._values[key] = OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+            self._values[key] = self._value(weight)
         return self._values[key]
+
+    def _value(self, weight: WeightSpec) -> Any:
+        OrtValue = runtime().OrtValue
+        if self._on_device is not None:
+            flat = self._on_device.bytes_of(weight).view(DTYPES[weight.dtype])
+            return OrtValue.from_dlpack(flat.view(weight.shape))
+        numpy_type, onnx_type = _NUMPY_TYPES[weight.dtype]
+        mapped = self._bytes[weight.offset : weight.offset + weight.nbytes]
+        array = mapped.view(numpy_type).reshape(weight.shape)
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx_type)
 
 
 class OnnxRuntimeEngine:
@@ -136,10 +144,15 @@ class OnnxRuntimeEngine:
     def __enter__(self) -> Self:
         check_inactive(f"engine {self._path.name}", self._session is not None)
         ort = runtime()
-        providers = _providers(ort, self.settings.device)
+        provider: Any = _check_provider(ort, self.settings.device)
+        if self.device.type == "cuda":
+            self.device = cuda.check_cuda(self.settings.device)
+            provider = (provider, cuda.provider_options(self.device))
         options = self._options(ort)
         try:
-            self._session = ort.InferenceSession(str(self._path), options, providers=providers)
+            self._session = ort.InferenceSession(
+                str(self._path), options, providers=[provider], enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime has no common base for its exceptions
             raise _explain(self._path, error) from error
         return self
@@ -163,14 +176,19 @@ class OnnxRuntimeEngine:
         library = operators_for(self._graph, self.settings.device)
         if library is not None:
             register_operators(options, library)
-        if self.settings.device == "cpu":
+        if self.device.type == "cuda":
+            cuda.share_device_arena(ort, self.device.index)
+            options.add_session_config_entry(*cuda.NO_FALLBACK)
+        else:
             _share_arena(ort)
-            options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
         if self.settings.weights == "shared":
             # Packing would give each session its own copy of every matrix again.
             options.add_session_config_entry("session.disable_prepacking", "1")
             for weight in self._graph.weights:
-                options.add_initializer(weight.name, self._weights.value(weight))
+                # Integers are shapes and indices, which the CUDA provider may want on the host.
+                if self.device.type == "cpu" or weight.dtype != "int64":
+                    options.add_initializer(weight.name, self._weights.value(weight))
         return options
 
     def bind(
@@ -187,11 +205,20 @@ class OnnxRuntimeEngine:
         for name, buffer in outputs.items():
             binding.bind_output(name, *_place(buffer))
 
-        def run() -> None:
-            if kept:
-                session.run_with_iobinding(binding)
+        if self.device.type == "cpu":
 
-        return run
+            def run() -> None:
+                if kept:
+                    session.run_with_iobinding(binding)
+
+            return run
+        device, options = self.device, cuda.asynchronous(runtime())
+
+        def launch() -> None:
+            if kept:
+                session.run_with_iobinding(binding, options)
+
+        return lambda: cuda.in_turn(launch, device)
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         self.bind(feeds, outputs)()
@@ -222,9 +249,9 @@ def _place(buffer: Tensor) -> tuple[str, int, int, list[int], int]:
     return buffer.device.type, index, kind, list(buffer.shape), buffer.data_ptr()
 
 
-def _providers(ort: Any, device: str) -> list[str]:
+def _check_provider(ort: Any, device: str) -> str:
     available = ort.get_available_providers()
-    wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    wanted = cuda.PROVIDER if device.startswith("cuda") else "CPUExecutionProvider"
     if wanted not in available:
         raise ArrowheadError(
             f"device {device} on backend onnxruntime",
@@ -232,7 +259,7 @@ def _providers(ort: Any, device: str) -> list[str]:
             expected=wanted,
             fix="pip uninstall onnxruntime, then pip install 'arrowhead[onnxruntime-gpu]'",
         )
-    return [wanted] if wanted == "CPUExecutionProvider" else [wanted, "CPUExecutionProvider"]
+    return wanted
 
 
 def _explain(path: Path, error: Exception) -> ArrowheadError:
@@ -240,7 +267,13 @@ def _explain(path: Path, error: Exception) -> ArrowheadError:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     lower = text.lower()
     again = "export the bundle again: arrowhead export --plan PLAN --output FOLDER"
-    if "is not a registered function/op" in lower or "no opset import" in lower:
+    if "fallback to cpu ep" in lower:
+        expected = "a provider with kernels on the device for every node, in the graph's dtype"
+        fix = f"{again} --dtype fp16, or update ONNX Runtime (arrowhead doctor shows yours)"
+    elif "cudaexecutionprovider" in lower or "cuda failure" in lower:
+        expected = "a CUDA provider that this machine's driver and libraries can run"
+        fix = "install the CUDA and cuDNN that onnxruntime-gpu names (arrowhead doctor shows both)"
+    elif "is not a registered function/op" in lower or "no opset import" in lower:
         expected = "operators this ONNX Runtime knows"
         fix = f"{again}; if it says the same, update ONNX Runtime (arrowhead doctor shows yours)"
     elif "protobuf" in lower or "invalidprotobuf" in type(error).__name__.lower():

@@ -12,8 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from plans.bundle import Bundle, GraphSpec, WeightSpec
+from plans.bundle import Bundle, GraphSpec
 from plans.errors import ArrowheadError
+from trt_runtime.device_weights import ALIGNMENT, DeviceWeights
 from trt_runtime.engine import check_active, check_buffers, check_inactive
 from trt_runtime.tensorrt_library import TensorRT, last_error, load_plugins, tensorrt
 from trt_runtime.tensorrt_metadata import (
@@ -24,32 +25,6 @@ from trt_runtime.tensorrt_metadata import (
     load_metadata,
 )
 from trt_runtime.tensorrt_network import dtype_name
-
-_ALIGNMENT = 256  # bytes, of every address that TensorRT is given
-
-
-class DeviceWeights:
-    """The bundle's weights file on the device, once, for all engines that take it as inputs."""
-
-    def __init__(self, path: Path, device: torch.device | str) -> None:
-        self._path = path
-        self._device = torch.device(device)
-        self._bytes: Tensor | None = None
-        self._copies: dict[WeightSpec, Tensor] = {}
-
-    def bytes_of(self, weight: WeightSpec) -> Tensor:
-        """Give one weight's bytes, uint8 [nbytes]; the file is copied at the first call."""
-        if self._bytes is None:
-            size = self._path.stat().st_size
-            mapped = torch.from_file(str(self._path), shared=False, size=size, dtype=torch.uint8)
-            self._bytes = mapped.to(self._device)
-        found = self._bytes[weight.offset : weight.offset + weight.nbytes]
-        if found.data_ptr() % _ALIGNMENT == 0:
-            return found
-        # Rows of a matrix may start anywhere.
-        if weight not in self._copies:
-            self._copies[weight] = found.clone()
-        return self._copies[weight]
 
 
 class ActivationMemory:
@@ -186,11 +161,11 @@ class TensorRTEngine:
         shapes = {s.name: tuple(feeds[s.name].shape) for s in self.inputs if "B" in s.shape}
         block = self._activations.block()
         for name, buffer in buffers.items():
-            if buffer.data_ptr() % _ALIGNMENT:
+            if buffer.data_ptr() % ALIGNMENT:
                 raise ArrowheadError(
                     f"tensor {name} of {self.path.name}",
                     got=f"address {buffer.data_ptr():#x}",
-                    expected=f"a multiple of {_ALIGNMENT}",
+                    expected=f"a multiple of {ALIGNMENT}",
                     fix="allocate the buffer with trt_runtime.engine.allocate",
                 )
         trt, context, path = self._trt, self._context, self.path

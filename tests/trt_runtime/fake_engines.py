@@ -12,8 +12,9 @@ from torch import Tensor
 
 from plans.bundle import BatchRange, Bundle, GraphSpec, TensorSpec, WeightSpec, file_sha256
 from tests.trt_runtime import fake_tensorrt as fake
+from trt_runtime.device_weights import DeviceWeights
 from trt_runtime.engine import DTYPES, shape_of
-from trt_runtime.tensorrt_engine import ActivationMemory, DeviceWeights, TensorRTEngine
+from trt_runtime.tensorrt_engine import ActivationMemory, TensorRTEngine
 from trt_runtime.tensorrt_library import PluginLibrary
 from trt_runtime.tensorrt_metadata import EngineMetadata, engine_path, save_metadata
 

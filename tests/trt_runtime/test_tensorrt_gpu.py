@@ -11,8 +11,9 @@ from plans.bundle import WeightSpec
 from plans.errors import ArrowheadError
 from tests import tiny
 from trt_runtime.build import build
+from trt_runtime.device_weights import DeviceWeights
 from trt_runtime.parity import compare_graphs
-from trt_runtime.tensorrt_engine import DeviceWeights, current_stream, record
+from trt_runtime.tensorrt_engine import current_stream, record
 from trt_runtime.tensorrt_library import find_plugin_library, tensorrt
 
 pytestmark = [

@@ -1,0 +1,95 @@
+"""Convolutions of patches as products, Einsum as a transpose; what else there is, left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from exporter.patches import simplify
+
+SHAPE = (3, 4, 6, 8)
+
+
+def graph_of(operator: str, weights: list[torch.Tensor], attributes: dict[str, Any]) -> ir.Model:
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", shape=ir.Shape(["B", *SHAPE[1:]]), type=kind)
+    inits = [
+        ir.Value(
+            name=f"w{i}",
+            shape=ir.Shape(tuple(weight.shape)),
+            type=kind,
+            const_value=ir.tensor_adapters.TorchTensor(weight, name=f"w{i}"),
+        )
+        for i, weight in enumerate(weights)
+    ]
+    node = ir.node(operator, [x, *inits], attributes)
+    node.outputs[0].name, node.outputs[0].type = "y", kind
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=inits, opset_imports={"": 20}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    data = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["y"], {"x": x})[0])
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("patch", [(2, 2), (3, 2), (1, 1)])
+def test_a_convolution_of_patches_is_a_product(patch: tuple[int, int], bias: bool) -> None:
+    weights = [torch.randn(5, 4, *patch), torch.randn(5)][: 2 if bias else 1]
+    model = graph_of("Conv", weights, {"strides": list(patch), "kernel_shape": list(patch)})
+    x = torch.randn(SHAPE).numpy()
+    expected = run(model, x)
+    simplify(model.graph)
+    assert "Conv" not in operators(model) and "Gemm" in operators(model)
+    assert [out.name for out in model.graph.outputs] == ["y"]
+    np.testing.assert_allclose(run(model, x), expected, atol=1e-5)
+    matrix = next(v for n, v in model.graph.initializers.items() if n.endswith(".matrix"))
+    assert matrix.const_value is not None and isinstance(matrix.const_value.raw, torch.Tensor)
+    assert matrix.const_value.raw.data_ptr() == weights[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("weight", "attributes"),
+    [
+        ((5, 4, 2, 2), {"strides": [1, 1]}),
+        ((5, 4, 2, 2), {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        ((5, 4, 2, 2), {"strides": [2, 2], "dilations": [2, 2]}),
+        ((4, 2, 2, 2), {"strides": [2, 2], "group": 2}),
+        ((5, 4, 4, 4), {"strides": [4, 4]}),  # six rows are no multiple of four
+    ],
+)
+def test_other_convolutions_are_left(weight: tuple[int, ...], attributes: dict[str, Any]) -> None:
+    model = graph_of("Conv", [torch.randn(weight)], attributes)
+    simplify(model.graph)
+    assert operators(model) == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"),
+    [
+        ("nhwc -> nchw", ["Transpose"]),
+        ("abcd->dcba", ["Transpose"]),
+        ("abcd->abc", ["Einsum"]),
+        ("a...->...a", ["Einsum"]),
+    ],
+)
+def test_einsum_that_permutes_is_a_transpose(equation: str, expected: list[str]) -> None:
+    model = graph_of("Einsum", [], {"equation": equation})
+    x = torch.randn(SHAPE).numpy()
+    want = run(model, x)
+    simplify(model.graph)
+    assert operators(model) == expected
+    np.testing.assert_array_equal(run(model, x), want)
