@@ -148,6 +148,8 @@ class OnnxRuntimeEngine:
         if self.device.type == "cuda":
             self.device = cuda.check_cuda(self.settings.device)
             provider = (provider, cuda.provider_options(self.device))
+            # A session writes to the common arena while it is made: no run may still be there.
+            cuda.side_stream(self.device).synchronize()
         options = self._options(ort)
         try:
             self._session = ort.InferenceSession(

@@ -174,8 +174,9 @@ def test_embedded_weights_come_from_the_graphs_own_file(
     ("text", "match"),
     [
         (
-            "[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned to "
-            "the default CPU EP, but fallback to CPU EP has been explicitly disabled by the user.",
+            "[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned "
+            "to the default CPU EP, but fallback to CPU EP has been explicitly disabled by the "
+            "user.",
             "kernels on the device for every node.*--dtype fp16",
         ),
         ("CUDA failure 35: CUDA driver version is insufficient", "driver and libraries can run"),
