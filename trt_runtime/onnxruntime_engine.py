@@ -114,6 +114,7 @@ class SharedWeights:
     def _value(self, weight: WeightSpec) -> Any:
         OrtValue = runtime().OrtValue
         if self._on_device is not None:
+            cuda.check_dlpack(OrtValue)
             flat = self._on_device.bytes_of(weight).view(DTYPES[weight.dtype])
             return OrtValue.from_dlpack(flat.view(weight.shape))
         numpy_type, onnx_type = _NUMPY_TYPES[weight.dtype]

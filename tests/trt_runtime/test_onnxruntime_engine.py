@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,3 +192,14 @@ def test_what_cuda_refuses_is_explained(text: str, match: str) -> None:
 def test_cuda_without_a_gpu_is_explained() -> None:
     with pytest.raises(ArrowheadError, match="a GPU that PyTorch has too"):
         onnxruntime_cuda.check_cuda("cuda")
+
+
+def test_an_older_runtime_on_cuda_is_explained(
+    tmp_path: Path, matrix: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = SharedWeights(tmp_path / "weights.bin", "cuda")
+    monkeypatch.setattr(
+        onnxruntime_engine, "runtime", lambda: SimpleNamespace(OrtValue=SimpleNamespace())
+    )
+    with pytest.raises(ArrowheadError, match="without from_dlpack.*pip install -U"):
+        weights.value(WeightSpec("a", 0, 96, "float32", (ROWS, WIDTH)))
