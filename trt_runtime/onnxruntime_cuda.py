@@ -98,5 +98,5 @@ def check_dlpack(ort_value: Any) -> None:
             "weights that ONNX Runtime's sessions share on CUDA",
             got="an OrtValue without from_dlpack",
             expected="one that takes PyTorch's tensors",
-            fix="pip install -U onnxruntime-gpu, or pass weights='embedded': a copy in each session",
+            fix="pip install -U onnxruntime-gpu, or pass --weights embedded: a copy a session",
         )
