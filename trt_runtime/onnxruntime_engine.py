@@ -272,7 +272,9 @@ def _explain(path: Path, error: Exception) -> ArrowheadError:
     again = "export the bundle again: arrowhead export --plan PLAN --output FOLDER"
     if "fallback to cpu ep" in lower:
         expected = "a provider with kernels on the device for every node, in the graph's dtype"
-        fix = f"{again} --dtype fp16, or update ONNX Runtime (arrowhead doctor shows yours)"
+        # Function bodies of a graph for a range of rows compute shapes, and that on the CPU.
+        fix = "build the operators' kernels (make plugins), or update ONNX Runtime (arrowhead "
+        fix += f"doctor shows both), or {again} --dtype fp16 and one --batch, not a range"
     elif "cudaexecutionprovider" in lower or "cuda failure" in lower:
         expected = "a CUDA provider that this machine's driver and libraries can run"
         fix = "install the CUDA and cuDNN that onnxruntime-gpu names (arrowhead doctor shows both)"
