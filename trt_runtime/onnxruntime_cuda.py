@@ -89,3 +89,14 @@ def check_cuda(device: str) -> torch.device:
         )
     found = torch.device(device)
     return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def check_dlpack(ort_value: Any) -> None:
+    """Refuse an ONNX Runtime whose values cannot be over PyTorch's memory on a device."""
+    if not hasattr(ort_value, "from_dlpack"):
+        raise ArrowheadError(
+            "weights that ONNX Runtime's sessions share on CUDA",
+            got="an OrtValue without from_dlpack",
+            expected="one that takes PyTorch's tensors",
+            fix="pip install -U onnxruntime-gpu, or pass --weights embedded: a copy a session",
+        )

@@ -114,6 +114,7 @@ class SharedWeights:
     def _value(self, weight: WeightSpec) -> Any:
         OrtValue = runtime().OrtValue
         if self._on_device is not None:
+            cuda.check_dlpack(OrtValue)
             flat = self._on_device.bytes_of(weight).view(DTYPES[weight.dtype])
             return OrtValue.from_dlpack(flat.view(weight.shape))
         numpy_type, onnx_type = _NUMPY_TYPES[weight.dtype]
@@ -148,6 +149,8 @@ class OnnxRuntimeEngine:
         if self.device.type == "cuda":
             self.device = cuda.check_cuda(self.settings.device)
             provider = (provider, cuda.provider_options(self.device))
+            # A session writes to the common arena while it is made: no run may still be there.
+            cuda.side_stream(self.device).synchronize()
         options = self._options(ort)
         try:
             self._session = ort.InferenceSession(
@@ -269,7 +272,9 @@ def _explain(path: Path, error: Exception) -> ArrowheadError:
     again = "export the bundle again: arrowhead export --plan PLAN --output FOLDER"
     if "fallback to cpu ep" in lower:
         expected = "a provider with kernels on the device for every node, in the graph's dtype"
-        fix = f"{again} --dtype fp16, or update ONNX Runtime (arrowhead doctor shows yours)"
+        # Function bodies of a graph for a range of rows compute shapes, and that on the CPU.
+        fix = "build the operators' kernels (make plugins), or update ONNX Runtime (arrowhead "
+        fix += f"doctor shows both), or {again} --dtype fp16 and one --batch, not a range"
     elif "cudaexecutionprovider" in lower or "cuda failure" in lower:
         expected = "a CUDA provider that this machine's driver and libraries can run"
         fix = "install the CUDA and cuDNN that onnxruntime-gpu names (arrowhead doctor shows both)"

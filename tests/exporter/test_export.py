@@ -321,3 +321,10 @@ def test_schedule_of_another_plan_needs_another_export(exported: Exported) -> No
     plan = replace(exported.plan, schedule=(0, *reversed(exported.plan.schedule[1:])))
     with pytest.raises(ArrowheadError, match="edited after the export"):
         check_bundle(exported.bundle, exported.folder, plan)
+
+
+def test_graphs_hold_no_operator_without_bf16(exported: Exported) -> None:
+    """Conv and Einsum have none in the opset: a bf16 graph with one does not load."""
+    for graph in exported.bundle.all_graphs:
+        nodes = onnx.load(exported.folder / graph.file, load_external_data=False).graph.node
+        assert not {node.op_type for node in nodes if not node.domain} & {"Conv", "Einsum"}

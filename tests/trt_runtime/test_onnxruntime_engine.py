@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from plans.bundle import GraphSpec, TensorSpec, WeightSpec
 from plans.errors import ArrowheadError
-from trt_runtime import onnxruntime_engine
+from trt_runtime import onnxruntime_cuda, onnxruntime_engine
 from trt_runtime.engine import allocate
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, SessionSettings, SharedWeights
 
@@ -168,3 +169,37 @@ def test_embedded_weights_come_from_the_graphs_own_file(
     assert outputs["y"].abs().max() == 0
     with pytest.raises(ArrowheadError, match="weights .* got packed; expected one of"):
         SessionSettings(weights="packed")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned "
+            "to the default CPU EP, but fallback to CPU EP has been explicitly disabled by the "
+            "user.",
+            "kernels on the device for every node.*--dtype fp16",
+        ),
+        ("CUDA failure 35: CUDA driver version is insufficient", "driver and libraries can run"),
+    ],
+)
+def test_what_cuda_refuses_is_explained(text: str, match: str) -> None:
+    with pytest.raises(ArrowheadError, match=match):
+        raise onnxruntime_engine._explain(Path("g.onnx"), RuntimeError(text))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_explained() -> None:
+    with pytest.raises(ArrowheadError, match="a GPU that PyTorch has too"):
+        onnxruntime_cuda.check_cuda("cuda")
+
+
+def test_an_older_runtime_on_cuda_is_explained(
+    tmp_path: Path, matrix: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = SharedWeights(tmp_path / "weights.bin", "cuda")
+    monkeypatch.setattr(
+        onnxruntime_engine, "runtime", lambda: SimpleNamespace(OrtValue=SimpleNamespace())
+    )
+    with pytest.raises(ArrowheadError, match="without from_dlpack.*pip install -U"):
+        weights.value(WeightSpec("a", 0, 96, "float32", (ROWS, WIDTH)))

@@ -9,21 +9,32 @@ from typing import Any
 import pytest
 import torch
 
+from plans.bundle import GraphSpec, TensorSpec
 from plans.errors import ArrowheadError
 from tests.testbed.evaluate import held_out_captions
 from tests.testbed.models import NAMES, missing
 from tests.trt_runtime import real_shapes
 from trt_runtime import attach, detach
 from trt_runtime import onnxruntime_cuda as cuda
-from trt_runtime.onnxruntime_engine import SessionSettings, runtime
+from trt_runtime.engine import allocate
+from trt_runtime.onnxruntime_engine import (
+    OnnxRuntimeEngine,
+    SessionSettings,
+    SharedWeights,
+    runtime,
+)
 from trt_runtime.onnxruntime_operators import find_operators
 from trt_runtime.parity import compare_graphs
+from trt_runtime.pipeline import generate
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
+pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+from exporter import export_bundle  # noqa: E402
 from tests.trt_runtime.onnxruntime_runs import (  # noqa: E402
     beside_torch,
     bundle_and_pipeline,
@@ -31,6 +42,7 @@ from tests.trt_runtime.onnxruntime_runs import (  # noqa: E402
     pictures_on,
     recorded_places,
 )
+from tests.trt_runtime.test_onnxruntime_engine import ROWS, WIDTH, write_graph  # noqa: E402
 
 # Mean relative error of the final latents: that of the compiled backend in bf16, less in fp16.
 TOLERANCE = {"fp16": 0.02, "bf16": 0.05}
@@ -40,12 +52,47 @@ MB = 2**20
 
 @pytest.fixture(scope="module", autouse=True)
 def _provider() -> None:
-    try:
-        available = runtime().get_available_providers()
-    except ArrowheadError as problem:
-        pytest.skip(str(problem))
-    if cuda.PROVIDER not in available:
+    if cuda.PROVIDER not in runtime().get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
+
+
+def product(folder: Path) -> tuple[OnnxRuntimeEngine, Any, torch.Tensor]:
+    """y = x W: the engine, not yet active, its buffers, and W. The graph's own file holds zeros."""
+    matrix = torch.randn(ROWS, WIDTH)
+    matrix.numpy().tofile(folder / "weights.bin")
+    graph = write_graph(folder, "g")
+    weights = SharedWeights(folder / "weights.bin", "cuda")
+    engine = OnnxRuntimeEngine(folder, graph, weights, SessionSettings(device="cuda"))
+    buffers = {"x": torch.zeros(5, ROWS, device="cuda")}, allocate(graph.outputs, 5, "cuda")
+    return engine, buffers, matrix.cuda()
+
+
+def test_shared_weights_and_the_callers_stream(tmp_path: Path) -> None:
+    engine, (feeds, outputs), matrix = product(tmp_path)
+    side = torch.cuda.Stream()
+    with engine:
+        run = engine.bind(feeds, outputs)
+        for stream in (torch.cuda.default_stream(), side, side):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)  # ten milliseconds: x is still to be written
+                feeds["x"].normal_()
+                run()
+                got, expected = outputs["y"].clone(), feeds["x"] @ matrix
+                torch.testing.assert_close(got, expected)
+
+
+def test_a_run_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    engine, (feeds, outputs), _ = product(tmp_path)
+    with engine:
+        run = engine.bind(feeds, outputs)
+        run()  # the first allocates
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        torch.cuda._sleep(2_000_000_000)  # a second
+        run()
+        launched = time.perf_counter() - started
+        torch.cuda.synchronize()
+        assert launched < 0.3 < time.perf_counter() - started
 
 
 @pytest.fixture(scope="module", params=[(n, d) for d in ("fp16", "bf16") for n in NAMES], ids=str)
@@ -84,11 +131,8 @@ def test_no_node_is_on_the_cpu(drawn: Any) -> None:
 
 def test_fifty_pictures_take_no_memory(drawn: Any) -> None:
     _, bundle, pipe = drawn
-    attach(pipe, bundle, backend="onnxruntime", device="cuda")
-    detach(pipe)
     captions = held_out_captions(AT_ONCE)
     proxy = attach(pipe, bundle, backend="onnxruntime", device="cuda")
-    from trt_runtime.pipeline import generate
 
     def held() -> tuple[int, int]:
         torch.cuda.synchronize()
@@ -108,7 +152,7 @@ def test_fifty_pictures_take_no_memory(drawn: Any) -> None:
     assert after[1] <= before[1] + 8 * MB
 
 
-def test_reopened_sessions_take_one_copy_of_the_weights(drawn: Any) -> None:
+def test_reopened_sessions_take_no_memory(drawn: Any) -> None:
     _, bundle, pipe = drawn
     captions = held_out_captions(AT_ONCE)
     for _ in range(2):
@@ -128,8 +172,6 @@ def test_reopened_sessions_take_one_copy_of_the_weights(drawn: Any) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_buckets_at_2k_are_those_of_pytorch(kind: str, dtype: str, tmp_path: Path) -> None:
-    from exporter import export_bundle
-
     started = time.perf_counter()
     model = real_shapes.model_of(kind, real_shapes.DTYPES[dtype])
     plan, batch = real_shapes.plan_of(model, kind), 2 if kind == "sd3" else 1
@@ -143,9 +185,6 @@ def test_buckets_at_2k_are_those_of_pytorch(kind: str, dtype: str, tmp_path: Pat
 
 def test_a_node_without_a_kernel_there_is_named_as_such(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from plans.bundle import GraphSpec, TensorSpec
-    from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, SharedWeights
-
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     graph = helper.make_graph(
         [helper.make_node("Det", ["x"], ["y"])],
