@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from plans.buckets import Choice, Judge, check_bucket_limit, choose_buckets, joined
+from plans.buckets import Choice, Judge, check_bucket_limit, joined
 from plans.estimate import Flags
 from plans.refine import all_options
 from plans.schedules import Progress, Schedule, climb, search_schedule
@@ -22,8 +22,9 @@ from plans.tables import Floats, HeadTables, Ints
 from plans.tiles import CACHED, FULL
 
 _HALVINGS = 32  # of the range of prices, in its logarithm
-_CLIMBED = 400_000  # options times steps times heads of a schedule up to which it is improved on
-_KICKS, _WIDER = 2, (1, 2, 4)
+_SEARCHED = 60_000  # options times steps times heads that schedules are told apart by
+_FEW = 100  # options
+_KICKS = 4
 # Options that the default ones of a schedule are made with: caps so wide seldom keep one out.
 _WIDE = 6.0
 
@@ -38,9 +39,8 @@ def choose_pooled(
 ) -> Choice:
     """Choose at most max_buckets buckets and a schedule that save much within one bound.
 
-    delta: of the mean, over steps and modules, of the sum of a module's errors. cap_factor says
-    only which schedules are tried. With a bucket for each step the choice is the best at its price,
-    and no schedule is searched. Deterministic.
+    delta: of the mean, over steps and modules, of the sum of a module's errors. With a bucket for
+    each step the choice is the best at its price, and no schedule is searched. Deterministic.
     """
     check_bucket_limit(max_buckets)
     budget = delta * tables.steps * len(tables.heads)
@@ -50,20 +50,19 @@ def choose_pooled(
         saved = runs.saved(modes)
         codes = np.array([FULL, *tables.windows, CACHED])
         return joined(Choice(codes[modes], tuple(range(tables.steps)), saved))
-    judge = _PooledJudge(tables, delta, budget)
+    whole = _PooledJudge(tables, delta, budget)
+    heads = len(tables.arrow_saving)
+    # Schedules are told apart by a sample of the heads, and by few options where there are many.
+    taken = _SEARCHED // (tables.steps * min(whole.options_of(max_buckets), _FEW))
+    rows = np.unique(np.linspace(0, heads - 1, min(heads, taken)).astype(int))
+    judge = _PooledJudge(tables.of_rows(rows), delta, budget * len(rows) / heads, _FEW)
     report = progress or (lambda *_: None)
-    # With a module's own bound this wide and wider, much the same steps refresh what others read.
-    found = [
-        choose_buckets(tables, factor * delta, cap_factor, max_buckets, start, report).schedule
-        for factor in _WIDER
-    ]
-    if judge.options_of(found[0]) * tables.steps * sum(tables.heads) <= _CLIMBED:
-        if start is None:
-            args = (judge.saving, tables.steps, max_buckets, report, found, _KICKS)
-            found.append(search_schedule(*args))
-        else:
-            found.append(climb(judge.saving, tuple(start), max_buckets))
-    return joined(judge.choose(max(found, key=judge.saving)))
+    if start is None:
+        args = (judge.saving, tables.steps, max_buckets, report, (), _KICKS)
+        schedule = search_schedule(*args)
+    else:
+        schedule = climb(judge.saving, tuple(start), max_buckets)
+    return joined(whole.choose(schedule))
 
 
 def _at_least_price(
@@ -151,20 +150,22 @@ def _traced(begun: Ints, taken: Ints, cached: int) -> Ints:
 class _PooledJudge(Judge):
     """Finds the best modes under a schedule where all errors draw on one sum."""
 
-    def __init__(self, tables: HeadTables, delta: float, budget: float) -> None:
+    def __init__(
+        self, tables: HeadTables, delta: float, budget: float, most: int | None = None
+    ) -> None:
+        """most: options of a head up to which all are tried; by default what time allows."""
         super().__init__(tables, delta, _WIDE)
-        self._budget = budget
+        self._budget, self._most = budget, most
         arrows = np.flatnonzero(np.isfinite(tables.arrow[0]).any(axis=0)) + 1
         self._first = (0, *arrows)
 
-    def options_of(self, schedule: Schedule) -> int:
-        """Return how many options of a head are tried under a schedule."""
-        options = all_options(len(self._saving), schedule, 1, self._first)
-        return len(self._options(np.array(schedule))[0] if options is None else options)
+    def options_of(self, buckets: int) -> int:
+        """Return how many options a head has in so many buckets, if it may be in any mode."""
+        return len(self._first) * len(self._saving) ** (buckets - 1)
 
     def choose(self, schedule: Schedule, tried: Ints | None = None) -> Choice:
         """Return the best modes found: of every mode in every bucket, if those are not too many."""
-        if tried is None:
+        if tried is None and self.options_of(max(schedule) + 1) <= (self._most or np.inf):
             tried = all_options(len(self._saving), schedule, 1, self._first)
         return super().choose(schedule, tried)
 

@@ -63,13 +63,16 @@ class HeadTables:
 
     def of_module(self, index: int) -> HeadTables:
         """Return the tables of one module's heads."""
-        first, heads = int(self.starts[index]), self.heads[index]
-        rows = slice(first, first + heads)
+        first = int(self.starts[index])
+        return self.of_rows(np.arange(first, first + self.heads[index]))
+
+    def of_rows(self, rows: Ints) -> HeadTables:
+        """Return the tables of some heads, as one module's."""
         drift, weights = (
             np.broadcast_to(x, self.arrow.shape[:2]) for x in (self.drift, self.weights)
         )
         return HeadTables(
-            heads=(heads,), windows=self.windows,
+            heads=(len(rows),), windows=self.windows,
             arrow=self.arrow[:, rows], cached=self.cached[:, rows],
             arrow_saving=self.arrow_saving[rows], cached_saving=self.cached_saving[rows],
             drift=drift[:, rows], weights=weights[:, rows],
