@@ -23,7 +23,8 @@ from plans.tiles import CACHED, FULL
 
 _HALVINGS = 32  # of the range of prices, in its logarithm
 _SEARCHED = 60_000  # options times steps times heads that schedules are told apart by
-_FEW = 100  # options
+_FEW = 150  # options, all tried; else about 3 * 2 ** (K - 1)
+_LEAST = 4  # heads
 _KICKS = 4
 # Options that the default ones of a schedule are made with: caps so wide seldom keep one out.
 _WIDE = 6.0
@@ -53,7 +54,9 @@ def choose_pooled(
     whole = _PooledJudge(tables, delta, budget)
     heads = len(tables.arrow_saving)
     # Schedules are told apart by a sample of the heads, and by few options where there are many.
-    taken = _SEARCHED // (tables.steps * min(whole.options_of(max_buckets), _FEW))
+    options = whole.options_of(max_buckets)
+    options = options if options <= _FEW else 3 * 2 ** (max_buckets - 1)
+    taken = max(_LEAST, _SEARCHED // (tables.steps * options))
     rows = np.unique(np.linspace(0, heads - 1, min(heads, taken)).astype(int))
     judge = _PooledJudge(tables.of_rows(rows), delta, budget * len(rows) / heads, _FEW)
     report = progress or (lambda *_: None)
