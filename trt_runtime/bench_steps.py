@@ -6,6 +6,7 @@ weights. A picture is its steps; with the loop of all steps, text encoders and V
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -139,6 +140,7 @@ class Workbench:
         finally:
             steps.close()
             del steps
+            gc.collect()  # a second copy of the weights must not outlive its row
             if self.on_gpu:
                 torch.cuda.empty_cache()
 

@@ -28,7 +28,13 @@ from trt_runtime.onnxruntime_engine import (
     open_weights,
     runtime,
 )
-from trt_runtime.onnxruntime_operators import BUILT, VARIABLE, find_operators, operators_for
+from trt_runtime.onnxruntime_operators import (
+    BUILT,
+    VARIABLE,
+    find_operators,
+    operators_for,
+    register_operators,
+)
 from trt_runtime.step_memory import outside_bytes, weights_of_buckets
 from trt_runtime.step_runners import Runner
 from trt_runtime.torch_engine import TorchEngine
@@ -54,8 +60,10 @@ class GraphSettings:
 
 def check_sessions(device: str, dtype: torch.dtype) -> None:
     """Refuse at once what would be refused by a session after minutes of compiling and export."""
-    ort = runtime()
+    ort, library = runtime(), find_operators()
     check_provider(ort, device)
+    if library is not None:
+        register_operators(ort.SessionOptions(), library)
     if device == "cpu":
         if dtype == torch.bfloat16:
             raise ArrowheadError(
@@ -65,10 +73,10 @@ def check_sessions(device: str, dtype: torch.dtype) -> None:
                 fix="pass --dtype fp32",
             )
         return
-    cuda.check_cuda(device)
     cuda.check_dlpack(ort.OrtValue)
+    cuda.share_device_arena(ort, cuda.check_cuda(device).index)  # loads the provider's library
     # Set to nothing it asks for the function bodies, which take memory of S x S.
-    if find_operators() is None and VARIABLE not in os.environ and dtype != torch.float32:
+    if library is None and VARIABLE not in os.environ and dtype != torch.float32:
         raise ArrowheadError(
             "variant onnxruntime",
             got="no operator library: attention would be the function bodies",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_without_a_full_step_one_bucket_is_exported(tmp_path: Path) -> None:
     assert [len(row["buckets_ms"]) for row in report["rows"]] == [1, 2]
 
 
+def test_a_row_leaves_no_weights_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = tiny(SD3)
+    opened: list[weakref.ref[Any]] = []
+
+    def open_weights(*arguments: Any) -> Any:
+        weights = own(*arguments)
+        opened.append(weakref.ref(weights))
+        return weights
+
+    own = step_onnxruntime.open_weights
+    monkeypatch.setattr(step_onnxruntime, "open_weights", open_weights)
+    bench = bench_steps.Workbench(
+        architecture, settings(baselines=()), print,
+        GraphSettings(Exports(architecture), tmp_path),
+    )  # fmt: skip
+    assert bench.row("onnxruntime", ())["finite"]
+    assert [reference() for reference in opened] == [None]
+
+
 def test_another_sample_than_torchs_is_a_failure(tmp_path: Path) -> None:
     architecture = tiny(FLUX)
     report = measure_steps(
@@ -157,10 +177,16 @@ def test_a_full_disk_is_told_before_anything_is_compiled(
 
 def test_on_cuda_the_operator_library_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime(), "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(step_onnxruntime.cuda, "check_cuda", torch.device)
+    monkeypatch.setattr(step_onnxruntime.cuda, "check_cuda", lambda _: torch.device("cuda:1"))
     monkeypatch.setattr(step_onnxruntime, "find_operators", lambda: None)
-    check_sessions("cuda", torch.bfloat16)  # the tests' environment asks for function bodies
+    loaded: list[int] = []
+    monkeypatch.setattr(
+        step_onnxruntime.cuda, "share_device_arena", lambda _, index: loaded.append(index)
+    )
+    monkeypatch.setenv("ARROWHEAD_ORT_LIBRARY", "")  # asks for the function bodies
+    check_sessions("cuda", torch.bfloat16)
     monkeypatch.delenv("ARROWHEAD_ORT_LIBRARY")
     check_sessions("cuda", torch.float32)
+    assert loaded == [1, 1]
     with pytest.raises(ArrowheadError, match="no operator library"):
         check_sessions("cuda", torch.bfloat16)
