@@ -1,4 +1,4 @@
-"""Time single transformer steps of real architectures: PyTorch as it is, and under plans.
+"""Time single transformer steps of real architectures: PyTorch as it is, and plans on backends.
 
 Every row is measured against all baselines in rotated rounds of one run, on one set of random
 weights. A picture is its steps; with the loop of all steps, text encoders and VAE are in it too.

@@ -36,8 +36,8 @@ MIX = (Mix(1, 2, 1, 1),)
 class Exports:
     """Exports as the command does, and notes which buckets."""
 
-    def __init__(self, architecture: Architecture, scale: float = 1.0) -> None:
-        self.rows, self.scale = architecture.rows, scale
+    def __init__(self, architecture: Architecture, scale: float = 1.0, dtype: str = "fp32") -> None:
+        self.rows, self.scale, self.dtype = architecture.rows, scale, dtype
         self.buckets: list[list[int]] = []
 
     def __call__(
@@ -48,7 +48,7 @@ class Exports:
         with torch.no_grad():
             last *= self.scale
             bundle = export_bundle(
-                model, plan, folder, dtype="fp32", batch=self.rows, dense=False, buckets=buckets
+                model, plan, folder, dtype=self.dtype, batch=self.rows, dense=False, buckets=buckets
             )
             last /= self.scale
         return bundle
@@ -120,6 +120,26 @@ def test_another_sample_than_torchs_is_a_failure(tmp_path: Path) -> None:
     assert failure["row"] == "onnxruntime, 1/2x1/1: its sample"
     assert "beside backend torch" in failure["error"]
     assert report["rows"][0]["torch_error"] == [pytest.approx(1.0, rel=0.1)]  # but for the bias
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_rows_on_a_gpu_count_their_memory(tmp_path: Path) -> None:
+    if step_onnxruntime.cuda.PROVIDER not in runtime().get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
+    architecture = architectures.ARCHITECTURES["sd3-medium"].of_depth(4)
+    mix = (Mix(7, 8, 1, 9),)
+    report = measure_steps(
+        architecture, [("onnxruntime", mix), ("torch", mix), ("onnxruntime", ())],
+        settings(height=512, width=512, block=128, device="cuda", dtype=torch.bfloat16),
+        graphs=GraphSettings(Exports(architecture, dtype="bf16"), tmp_path),
+    )  # fmt: skip
+    assert not report["failures"] and list(tmp_path.iterdir()) == []
+    for row in (report["rows"][0], report["rows"][2]):
+        assert 0.8 < row["measured_weights_ratio"] < 1.2
+        weights = row["weight_bytes"]
+        assert weights + row["cache_bytes"] < row["peak_bytes"] < weights + 4 * 2**30
+        assert 0 < row["host_ms"]
 
 
 def command(*more: str) -> list[str]:
