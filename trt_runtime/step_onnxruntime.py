@@ -215,10 +215,11 @@ class OnnxRuntimeSteps:
     def told(self) -> str:
         """What there is to say before a step is timed."""
         told, errors = self.measured, self.measured.get("torch_error", [])
+        differences = ", ".join(f"{error:.2g}" for error in errors) or "not known"
         return (
             f"exported in {told['export_seconds']:.0f} s, {told['weights_file_bytes'] / 1e9:.1f} "
             f"GB, opened in {self.open_seconds:.0f} s, {self.attention}; mean difference from "
-            f"backend torch by bucket {', '.join(f'{error:.2g}' for error in errors)}"
+            f"backend torch by bucket: {differences}"
         )
 
     def runner(self, name: str, bucket: int) -> Runner:
