@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,6 +61,7 @@ def export_bundle(
     batch: int | tuple[int, int, int],
     source: str | None = None,
     dense: bool = True,
+    buckets: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a diffusers SD3 or FLUX transformer as a bundle folder; the model stays as it is.
@@ -68,6 +69,7 @@ def export_bundle(
     dtype: float32, float16 or bfloat16 (fp32, fp16, bf16). batch: rows of one transformer call;
     (min, opt, max) makes graphs that take any number from min to max, tuned for opt.
     source: checkpoint the transformer was loaded from, a folder or a hub id (default: the plan's).
+    buckets: of the plan, those to export (None: all); graphs of some are opened one by one.
     A bundle already in `folder` is replaced once the new one is complete. Raises ArrowheadError
     for a model, plan or option that cannot be exported, and when the disk is full.
     """
@@ -82,7 +84,7 @@ def export_bundle(
         inputs = make_inputs(plan, config, rows.max, _DTYPES[name])
         dynamic = rows if rows.min < rows.max else None
         graphs, weights_sha256 = _write_graphs(
-            copy, plan, inputs, dynamic, temporary, dense, report
+            copy, plan, inputs, dynamic, temporary, _chosen(plan, buckets, dense), report
         )
         save_plan(plan, temporary / PLAN_FILE)
         bundle = Bundle(
@@ -166,13 +168,27 @@ def _model_of_bundle(plan: Plan, folder: Path) -> dict[str, Any]:
     return asdict(replace(plan.model, source=source, config=None))
 
 
+def _chosen(plan: Plan, buckets: Sequence[int] | None, dense: bool) -> list[int | None]:
+    """Give the graphs to make; None stands for the stock dense one."""
+    known = range(len(plan.buckets))
+    for bucket in buckets or ():
+        if bucket not in known:
+            raise ArrowheadError(
+                "buckets to export",
+                got=bucket,
+                expected=f"some of {list(known)}",
+                fix="pass the plan's",
+            )
+    return [*(known if buckets is None else buckets), *([None] if dense else [])]
+
+
 def _write_graphs(
     transformer: Any,
     plan: Plan,
     inputs: dict[str, Tensor],
     rows: BatchRange | None,
     folder: Path,
-    dense: bool,
+    buckets: Sequence[int | None],
     report: Progress,
 ) -> tuple[list[GraphSpec], str]:
     tensors = [*transformer.parameters(), *transformer.buffers()]
@@ -182,7 +198,6 @@ def _write_graphs(
     def written(done: int) -> None:
         report("writing weights", done // _MEBIBYTE, max(done, total) // _MEBIBYTE)
 
-    buckets: list[int | None] = [*range(len(plan.buckets)), *([None] if dense else [])]
     graphs = []
     with WeightsFile(folder / WEIGHTS_FILE, tensors, written) as weights:
         for done, bucket in enumerate(buckets):

@@ -1,4 +1,4 @@
-"""Time single transformer steps of real architectures: PyTorch as it is, and under plans.
+"""Time single transformer steps of real architectures: PyTorch as it is, and plans on backends.
 
 Every row is measured against all baselines in rotated rounds of one run, on one set of random
 weights. A picture is its steps; with the loop of all steps, text encoders and VAE are in it too.
@@ -6,37 +6,36 @@ weights. A picture is its steps; with the loop of all steps, text encoders and V
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from plans.architectures import Architecture
-from plans.errors import ArrowheadError
 from plans.plan import Plan, dense_plan
 from plans.synthetic import Mix, synthetic_plan
 from trt_runtime.doctor import device_name, git_commit, versions
 from trt_runtime.picture_parts import measure_parts, picture_ms
 from trt_runtime.random_models import random_inputs, random_transformer
-from trt_runtime.step_memory import used_bytes, weight_bytes, weights_of_buckets
+from trt_runtime.step_baselines import Baselines
+from trt_runtime.step_memory import outside_bytes, used_bytes, weight_bytes
+from trt_runtime.step_onnxruntime import GraphSettings, OnnxRuntimeSteps, check_disk
+from trt_runtime.step_plans import CompiledSteps, PlannedSteps
 from trt_runtime.step_profile import step_classes
 from trt_runtime.step_runners import (
     BACKENDS,
-    BASELINES,
     EAGER,
+    ONNXRUNTIME,
     PICTURE_STEPS,
     Runner,
     Settings,
-    cudnn_attention,
     seconds_of_picture,
     time_rounds,
 )
-from trt_runtime.torch_compiled import BLOCKS, CompiledPlan
 
 DENSE = "dense"
 _WARMUP = 2
@@ -54,9 +53,14 @@ class Workbench:
     """One architecture at one size: weights, inputs and the baselines, compiled once."""
 
     def __init__(
-        self, architecture: Architecture, settings: Settings, log: Callable[[str], None]
+        self,
+        architecture: Architecture,
+        settings: Settings,
+        log: Callable[[str], None],
+        graphs: GraphSettings | None = None,
     ) -> None:
         self.architecture, self.settings, self.log = architecture, settings, log
+        self._graphs = graphs
         self.failures: list[dict[str, str]] = []
         self.parts = self._measure_parts()  # before the transformer is there: they need memory too
         self._any_plan = self.plan(())
@@ -65,16 +69,20 @@ class Workbench:
         before = used_bytes(self.on_gpu)
         self.model = random_transformer(architecture, **where)
         self._weights = weight_bytes(self.model), used_bytes(self.on_gpu) - before
+        if graphs is not None:
+            disk = check_disk(graphs.folder, self._weights[0])
+            log(f"{ONNXRUNTIME}: {disk / 1e9:.1f} GB of disk for a row at a time")
         self.inputs = random_inputs(architecture, self._any_plan, **where)
-        self._stock: dict[int, Callable[..., Any]] = {}
+        stock = Baselines(self.model, self.inputs, self.on_gpu)
         self.baselines: list[Runner] = []
         for name in settings.baselines:
             with self.noting(name):
-                self.baselines.append(self._prepare(self._baseline(name)))
+                self.baselines.append(self._prepare(stock.runner(name)))
         # Eager is too slow to wait for in every row; it takes its turn among the baselines.
         self._beside = [r for r in self.baselines if r.name != EAGER] or self.baselines
         self._baseline_ms: dict[str, float] = {}
         self._full_ms: dict[str, float] = {}
+        self._outside = outside_bytes() if self.on_gpu else 0  # before there is any session
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
@@ -120,39 +128,57 @@ class Workbench:
     def row(self, backend: str, mixes: Mixes) -> Row:
         """Measure one backend under one plan, the baselines beside it."""
         before = used_bytes(self.on_gpu)
-        compiled = CompiledPlan(
-            self.model, self.plan(mixes), batch=self.architecture.rows, **BACKENDS[backend]
-        )
+        steps = self._open(backend, mixes)
         try:
             prepared = used_bytes(self.on_gpu) - before
-            for parts in compiled.prepared.caches.values():
-                for part in parts:
-                    part.normal_()
-            row = self._row(backend, mixes, compiled) | weights_of_buckets(
-                *self._weights, compiled.prepared.weight_bytes(),
-                compiled.prepared.cache_bytes(), prepared,
-            )  # fmt: skip
+            if isinstance(steps, OnnxRuntimeSteps):
+                with self.noting(f"{backend}, {code_of(mixes)}: its sample"):
+                    steps.check(self.model)
+                self.log(f"{backend}, {code_of(mixes)}: {steps.told()}")
+            row = self._row(backend, mixes, steps) | steps.weights(*self._weights, prepared)
             return row | {"running_device_bytes": used_bytes(self.on_gpu) - before}
         finally:
-            compiled.close()
-            del compiled
+            steps.close()
+            del steps
+            gc.collect()  # a second copy of the weights must not outlive its row
             if self.on_gpu:
                 torch.cuda.empty_cache()
 
-    def _row(self, backend: str, mixes: Mixes, compiled: CompiledPlan) -> Row:
-        settings, count = self.settings, len(self._beside)
-        buckets = range(1, 1 + len(mixes)) if mixes else range(1)
-        steps = [compiled.plan.schedule[1:].count(bucket) for bucket in buckets]
+    def _open(self, backend: str, mixes: Mixes) -> PlannedSteps:
+        plan = self.plan(mixes)
+        if backend != ONNXRUNTIME:
+            return CompiledSteps(
+                self.model, plan, self.inputs, self.architecture.rows, BACKENDS[backend]
+            )
+        assert self._graphs is not None
+        buckets = list(self._buckets(mixes))
+        if mixes and (self.settings.loop or self._times_full(backend, mixes)):
+            buckets.insert(0, 0)
+        return OnnxRuntimeSteps(
+            self.model, plan, self.inputs, buckets, self._graphs, self.settings.device,
+            self._outside,
+        )  # fmt: skip
+
+    def _buckets(self, mixes: Mixes) -> range:
+        """The buckets of the steps after the first."""
+        return range(1, 1 + len(mixes)) if mixes else range(1)
+
+    def _times_full(self, backend: str, mixes: Mixes) -> bool:
+        return bool(mixes) and self.settings.full_step and backend not in self._full_ms
+
+    def _row(self, backend: str, mixes: Mixes, planned: PlannedSteps) -> Row:
+        settings, count, buckets = self.settings, len(self._beside), self._buckets(mixes)
+        steps = [planned.plan.schedule[1:].count(bucket) for bucket in buckets]
         ours = [
-            self._prepare(self._planned(
-                backend if len(buckets) == 1 else f"{backend}, bucket {bucket}", compiled, bucket
+            self._prepare(planned.runner(
+                backend if len(buckets) == 1 else f"{backend}, bucket {bucket}", bucket
             ))
             for bucket in buckets
         ]  # fmt: skip
         runners = [*self._beside, *ours]
         full = None
-        if mixes and settings.full_step and backend not in self._full_ms:
-            full = self._prepare(self._planned(f"{backend}, full step", compiled, 0))
+        if self._times_full(backend, mixes):
+            full = self._prepare(planned.runner(f"{backend}, full step", 0))
             runners.append(full)
         times = time_rounds([r.run for r in runners], settings, self.on_gpu)
         medians = {r.name: statistics.median(t) for r, t in zip(runners, times, strict=True)}
@@ -163,24 +189,29 @@ class Workbench:
             self._full_ms[backend] = medians[full.name]
         elif not mixes:
             self._full_ms.setdefault(backend, ms)
-        row = self._describe(backend, mixes, compiled) | {
-            "ms": ms,
-            "samples_ms": samples,
-            "buckets_ms": [medians[runner.name] for runner in ours],
-            "baselines_ms": self._baseline_ms | {r.name: medians[r.name] for r in self._beside},
-            "full_step_ms": self._full_ms.get(backend),
-            "prepare_seconds": sum(runner.prepare_seconds for runner in ours),
-            "host_ms": max(runner.host_ms for runner in ours),
-            "peak_bytes": max(runner.peak_bytes for runner in ours),
-            "finite": all(runner.finite for runner in ours),
-        }
+        row = (
+            self._describe(backend, mixes, planned)
+            | planned.measured
+            | {
+                "ms": ms,
+                "samples_ms": samples,
+                "buckets_ms": [medians[runner.name] for runner in ours],
+                "baselines_ms": self._baseline_ms | {r.name: medians[r.name] for r in self._beside},
+                "full_step_ms": self._full_ms.get(backend),
+                "prepare_seconds": planned.open_seconds + sum(r.prepare_seconds for r in ours),
+                "host_ms": max(runner.host_ms for runner in ours),
+                "peak_bytes": max(runner.peak_bytes for runner in ours),
+                "finite": all(runner.finite for runner in ours),
+            }
+        )
         row["picture_seconds"] = {
             str(n): seconds_of_picture(n, row["ms"], row["full_step_ms"]) for n in PICTURE_STEPS
         }
         if settings.loop and mixes:
-            row["loop_seconds"] = self._loop(compiled)
+            row["loop_seconds"] = self._loop(planned)
         self._picture(row)
-        self._profile(ours[0], row)  # of several buckets the first
+        if self.on_gpu or backend != ONNXRUNTIME:  # a profile of PyTorch sees its kernels alone
+            self._profile(ours[0], row)  # of several buckets the first
         return row
 
     def _profile(self, runner: Runner, row: Row) -> None:
@@ -210,7 +241,7 @@ class Workbench:
             rows.append(row)
         return rows
 
-    def _describe(self, backend: str, mixes: Mixes, compiled: CompiledPlan | None) -> Row:
+    def _describe(self, backend: str, mixes: Mixes, planned: PlannedSteps | None) -> Row:
         layout = self._any_plan.modules[0].layout
         return {
             "architecture": self.architecture.name,
@@ -220,62 +251,20 @@ class Workbench:
             "backend": backend,
             "mix": code_of(mixes),
             "share_saved": statistics.fmean([mix.share_saved(layout) for mix in mixes] or [0.0]),
-            "cache_bytes": 0 if compiled is None else compiled.prepared.cache_bytes(),
+            "cache_bytes": 0 if planned is None else planned.cache_bytes(),
             "weight_bytes": self._weights[0],
-            "attention": "PyTorch" if compiled is None else compiled.attention,
+            "attention": "PyTorch" if planned is None else planned.attention,
         }
 
-    def _loop(self, compiled: CompiledPlan) -> float:
+    def _loop(self, planned: PlannedSteps) -> float:
         """Seconds of all steps of the plan in their order, the full step first."""
-        compiled.prepared.reset()
-        compiled.step(0, self.inputs)
+        planned.run_step(0)
         self._synchronise()
         begin = time.perf_counter()
-        for step in range(compiled.plan.steps):
-            compiled.step(step, self.inputs)
+        for step in range(planned.plan.steps):
+            planned.run_step(step)
         self._synchronise()
         return time.perf_counter() - begin
-
-    def _baseline(self, name: str) -> Runner:
-        forward: Callable[..., Any] = self.model.forward
-        scope: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        if name == "torch.compile":
-            forward = torch.compile(forward, dynamic=False)
-        elif name == "torch.compile-max-autotune":
-            forward = torch.compile(forward, dynamic=False, mode="max-autotune")
-        elif name == "torch.compile-blocks":
-            scope = self._compiled_blocks
-        elif name != EAGER:
-            raise ArrowheadError(
-                "baseline", got=name, expected=f"one of {', '.join(BASELINES)}", fix="pass those"
-            )
-
-        def run() -> Tensor:
-            with torch.no_grad(), cudnn_attention(self.on_gpu), scope():
-                return forward(**self.inputs, return_dict=False)[0]
-
-        return Runner(name, run, run)
-
-    @contextmanager
-    def _compiled_blocks(self) -> Iterator[None]:
-        blocks = [m for m in self.model.modules() if type(m).__name__ in BLOCKS]
-        for block in blocks:
-            if id(block) not in self._stock:
-                self._stock[id(block)] = torch.compile(block._call_impl, dynamic=False)
-            block.__dict__["_compiled_call_impl"] = self._stock[id(block)]
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("_compiled_call_impl", None)
-
-    def _planned(self, name: str, compiled: CompiledPlan, bucket: int) -> Runner:
-        def uncaptured() -> Tensor:
-            compiled.prepared.use(bucket)
-            with compiled.installed(compiled.prepared.buckets[bucket]):
-                return compiled.call(self.inputs)
-
-        return Runner(name, lambda: compiled.run(bucket, self.inputs), uncaptured)
 
     def _prepare(self, runner: Runner) -> Runner:
         """Compile, capture and warm up; note memory, and the time the host spends on a step."""
@@ -293,7 +282,7 @@ class Workbench:
         self._synchronise()
         runner.finite = bool(torch.isfinite(sample).all())
         if self.on_gpu:
-            runner.peak_bytes = torch.cuda.max_memory_allocated()
+            runner.peak_bytes = runner.peak()
         self.log(f"{runner.name}: ready after {runner.prepare_seconds:.0f} s")
         return runner
 
@@ -307,16 +296,17 @@ def measure_steps(
     rows: Sequence[tuple[str, Mixes]],
     settings: Settings,
     *,
+    graphs: GraphSettings | None = None,
     log: Callable[[str], None] = lambda line: None,
     row_done: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Measure rows of a backend and a plan's mixes (none: all full) in the order given.
 
     row_done gets the report after each row, so that a run that is cut off leaves what it has. A
-    row that fails says so in the report, and the next one runs.
+    row that fails says so in the report, and the next one runs. graphs: for rows of onnxruntime.
     """
     torch._dynamo.reset()
-    bench = Workbench(architecture, settings, log)
+    bench = Workbench(architecture, settings, log, graphs)
     report: dict[str, Any] = {
         "device": device_name(settings.device),
         "dtype": str(settings.dtype).removeprefix("torch."),

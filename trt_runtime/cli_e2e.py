@@ -44,7 +44,9 @@ def add_e2e(actions: Verbs) -> None:
         "      --mix 6/12x4/6 8/0/16 dense --baseline eager torch.compile --json flux.json\n"
         "  arrowhead bench e2e --architecture sd3-medium --cut 0.3 0.5 0.68 --profile \\\n"
         "      --plot sd3.png\n"
-        "  arrowhead bench e2e --architecture flux.1-dev --mix 6/12x4/6+8/10x4/6 --loop",
+        "  arrowhead bench e2e --architecture flux.1-dev --mix 6/12x4/6+8/10x4/6 --loop\n"
+        "  arrowhead bench e2e --architecture sd3-medium --no-full-step \\\n"
+        "      --mix 7/8x4/9:onnxruntime 7/8x4/9 dense:onnxruntime",
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     add_prompts(parser)
@@ -88,7 +90,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how the plan is run: torch, torch-compile (default), torch-compile-whole, "
         "-unpruned (one graph whose modes are an input), -copies (of each bucket's weights), "
-        "-plain-gelu, -no-graph",
+        "-plain-gelu, -no-graph; onnxruntime, whose graphs are exported for it",
     )
     group.add_argument(
         "--baseline",
@@ -107,6 +109,10 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         help="whole pictures too: all 28 steps in their order, text encoders and VAE",
     )
     group.add_argument("--dtype", default=None, help="bf16 (default on a GPU), fp16 or fp32")
+    group.add_argument(
+        "--folder", type=Path, metavar="DIR",
+        help="for onnxruntime's graphs and weights while its row is timed (default: the system's)",
+    )  # fmt: skip
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw where a step's time goes")
 
 
@@ -127,6 +133,7 @@ def _steps(arguments: argparse.Namespace) -> int:
 
     from trt_runtime.bench_steps import measure_steps
     from trt_runtime.cli_common import dtype_of
+    from trt_runtime.cli_graphs import graph_settings
     from trt_runtime.engine import DTYPES
     from trt_runtime.picture_parts import parts_of
     from trt_runtime.step_runners import Settings
@@ -139,6 +146,7 @@ def _steps(arguments: argparse.Namespace) -> int:
     if arguments.depth is not None:
         architecture = architecture.of_depth(arguments.depth)
         parts = parts and parts.of_depth(arguments.depth)
+    rows = _rows(architecture, arguments)
     settings = Settings(
         height=arguments.height,
         width=arguments.width,
@@ -160,8 +168,9 @@ def _steps(arguments: argparse.Namespace) -> int:
 
     report = measure_steps(
         architecture,
-        _rows(architecture, arguments),
+        rows,
         settings,
+        graphs=graph_settings(architecture, rows, settings, arguments.folder),
         log=lambda line: print(line, file=sys.stderr, flush=True),
         row_done=row_done,
     )
@@ -181,7 +190,7 @@ def _rows(
     architecture: Architecture, arguments: argparse.Namespace
 ) -> list[tuple[str, tuple[Mix, ...]]]:
     """Give (variant, mixes) of every row, in the order of the arguments."""
-    from trt_runtime.step_runners import BACKENDS, BASELINES
+    from trt_runtime.step_runners import BASELINES, VARIANTS
 
     spec = architecture.spec(arguments.height, arguments.width, arguments.block)
     layout, heads = spec.modules[0].layout, spec.modules[0].heads
@@ -194,7 +203,7 @@ def _rows(
     cuts = arguments.cut or ([] if plans else [0.68])
     plans += [(arguments.variant, (mix_of_cut(cut, layout, heads),)) for cut in cuts]
     rows = [(variant, mixes) for variants, mixes in plans for variant in variants]
-    _check_names("--variant", [variant for variant, _ in rows], tuple(BACKENDS))
+    _check_names("--variant", [variant for variant, _ in rows], VARIANTS)
     _check_names("--baseline", arguments.baseline, BASELINES)
     return rows
 

@@ -145,7 +145,7 @@ class OnnxRuntimeEngine:
     def __enter__(self) -> Self:
         check_inactive(f"engine {self._path.name}", self._session is not None)
         ort = runtime()
-        provider: Any = _check_provider(ort, self.settings.device)
+        provider: Any = check_provider(ort, self.settings.device)
         if self.device.type == "cuda":
             self.device = cuda.check_cuda(self.settings.device)
             provider = (provider, cuda.provider_options(self.device))
@@ -252,7 +252,8 @@ def _place(buffer: Tensor) -> tuple[str, int, int, list[int], int]:
     return buffer.device.type, index, kind, list(buffer.shape), buffer.data_ptr()
 
 
-def _check_provider(ort: Any, device: str) -> str:
+def check_provider(ort: Any, device: str) -> str:
+    """Give the name of the device's provider; ArrowheadError where this ONNX Runtime has none."""
     available = ort.get_available_providers()
     wanted = cuda.PROVIDER if device.startswith("cuda") else "CPUExecutionProvider"
     if wanted not in available:

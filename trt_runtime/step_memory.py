@@ -21,6 +21,13 @@ def used_bytes(on_gpu: bool) -> int:
     return total - free
 
 
+def outside_bytes() -> int:
+    """Memory of the GPU that is taken and not PyTorch's: of libraries, and of other processes."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
 def weight_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 

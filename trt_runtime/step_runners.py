@@ -26,6 +26,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "torch-compile-copies": {"compile": "blocks", "move_heads": False},  # of weights, by bucket
     "torch-compile-plain-gelu": {"compile": "blocks", "fuse_gelu": False},
 }
+ONNXRUNTIME = "onnxruntime"
+VARIANTS = (*BACKENDS, ONNXRUNTIME)
 PICTURE_STEPS = (28, 50)
 
 
@@ -54,6 +56,7 @@ class Runner:
     name: str
     run: Callable[[], Tensor]
     uncaptured: Callable[[], Tensor]  # the same kernels, with PyTorch's calls around them to see
+    peak: Callable[[], int] = torch.cuda.max_memory_allocated
     prepare_seconds: float = 0.0
     peak_bytes: int = 0
     host_ms: float = 0.0

@@ -242,6 +242,8 @@ def test_refusals(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"dtype": "fp32", "batch": 2}
     with pytest.raises(ArrowheadError, match="dtype | got int8; expected one of float32, float16"):
         export_bundle(model, plan, tmp_path / "b", dtype="int8", batch=2)
+    with pytest.raises(ArrowheadError, match=r"buckets to export \| got 9; expected some of \[0"):
+        export_bundle(model, plan, tmp_path / "b", buckets=[0, 9], **arguments)
     with pytest.raises(ArrowheadError, match=r"batch \| got 0"):
         export_bundle(model, plan, tmp_path / "b", dtype="fp32", batch=0)
     with pytest.raises(ArrowheadError, match="got Linear; expected one of SD3Transformer2DModel"):
