@@ -34,8 +34,6 @@ def provider_options(device: torch.device) -> dict[str, str]:
         "use_tf32": "0",
         # Without it fp16 sums of squares are made in fp16.
         "enable_skip_layer_norm_strict_mode": "1",
-        # The one convolution of a model is no reason to time all of cuDNN's.
-        "cudnn_conv_algo_search": "HEURISTIC",
     }
 
 
