@@ -26,6 +26,7 @@ _SEARCHED = 60_000  # options times steps times heads that schedules are told ap
 _FEW = 150  # options, all tried; else about 3 * 2 ** (K - 1)
 _LEAST = 4  # heads
 _KICKS = 4
+_BASE = 4  # buckets
 # Options that the default ones of a schedule are made with: caps so wide seldom keep one out.
 _WIDE = 6.0
 
@@ -60,12 +61,17 @@ def choose_pooled(
     rows = np.unique(np.linspace(0, heads - 1, min(heads, taken)).astype(int))
     judge = _PooledJudge(tables.of_rows(rows), delta, budget * len(rows) / heads, _FEW)
     report = progress or (lambda *_: None)
-    if start is None:
-        args = (judge.saving, tables.steps, max_buckets, report, (), _KICKS)
-        schedule = search_schedule(*args)
-    else:
+    fewer = None
+    if start is not None:
         schedule = climb(judge.saving, tuple(start), max_buckets)
-    return joined(whole.choose(schedule))
+    else:
+        if max_buckets > _BASE:  # where options are few again: more graphs begin from there
+            fewer = choose_pooled(tables, delta, cap_factor, _BASE, None, progress)
+        begun = () if fewer is None else (fewer.schedule,)
+        args = (judge.saving, tables.steps, max_buckets, report, begun, _KICKS)
+        schedule = search_schedule(*args)
+    found = joined(whole.choose(schedule))
+    return found if fewer is None else max(found, fewer, key=lambda choice: choice.saving)
 
 
 def _at_least_price(
