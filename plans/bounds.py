@@ -38,13 +38,9 @@ class Bounds(NamedTuple):
 
     def broken(self, modules: Sequence[AttentionModule], errors: HeadErrors) -> bool:
         """Whether any sum or head is over its bound at any step; pooled, whether the mean is."""
-        return (
-            self.share(errors) > 1
-            if self.pooled
-            else any(
-                self.excess(m, np.array([row[m.name] for row in errors])).any() for m in modules
-            )
-        )
+        if self.pooled:
+            return self.share(errors) > 1
+        return any(self.excess(m, np.array([row[m.name] for row in errors])).any() for m in modules)
 
     def share(self, errors: HeadErrors) -> float:
         """Return the mean sum of a step's and module's errors, of delta."""

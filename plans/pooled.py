@@ -42,7 +42,8 @@ def choose_pooled(
     """Choose at most max_buckets buckets and a schedule that save much within one bound.
 
     delta: of the mean, over steps and modules, of the sum of a module's errors. With a bucket for
-    each step the choice is the best at its price, and no schedule is searched. Deterministic.
+    each step the choice is the best at its price, and no schedule is searched. cap_factor bounds
+    nothing here: the arguments are those of choose_buckets. Deterministic.
     """
     check_bucket_limit(max_buckets)
     budget = delta * tables.steps * len(tables.heads)

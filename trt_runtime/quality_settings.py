@@ -121,8 +121,8 @@ class Settings:
     the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
     step counts of the variant "steps"; none: FEWER_STEPS of `steps`. thresholds: of the peers;
     stacked_delta: of the plan that runs with one, or with fewer steps; none: the middle one of
-    deltas. prices: of calls
-    of `batch` pictures; the searches that save attention FLOPs then save milliseconds.
+    deltas. prices: of calls of `batch` pictures; the searches that save attention FLOPs then save
+    milliseconds.
     """
 
     captions: tuple[str, ...]

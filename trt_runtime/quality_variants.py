@@ -133,13 +133,8 @@ def run_of(planner: Planner, point: Point) -> Run:
     return _RUNS.get(point.variant, _follow)(planner, point)
 
 
-def _follow(planner: Planner, point: Point) -> Run:
-    plan, facts = _plan_of(planner, point.variant, point)
-    return Run(plan, partial(run_plan, planner.pipe, plan), plan.sha256, facts)
-
-
-def _plan_of_fewer_steps(planner: Planner, point: Point) -> Run:
-    plan, facts = _plan_of(planner, "pooled", point)
+def _follow(planner: Planner, point: Point, search: str | None = None) -> Run:
+    plan, facts = _plan_of(planner, search or point.variant, point)
     return Run(plan, partial(run_plan, planner.pipe, plan), plan.sha256, facts)
 
 
@@ -184,7 +179,7 @@ def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[s
 
 _RUNS: dict[str, Callable[[Planner, Point], Run]] = {
     "steps": _fewer_steps,
-    FEWER: _plan_of_fewer_steps,
+    FEWER: partial(_follow, search="pooled"),
     "first-block-cache": partial(_peer, first_block_cache),
     "dbcache": partial(_peer, dbcache),
     "stacked": _stacked,
