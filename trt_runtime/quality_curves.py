@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trt_runtime.marks import Numbers, PerCaption, bootstrap
-from trt_runtime.quality_settings import OWN, VARIANTS
+from trt_runtime.quality_settings import OURS, OWN, STACKED, VARIANTS
 
 POINTS = 9  # costs a pair of curves is compared at
 AXES = {
@@ -115,14 +115,16 @@ def _compared(ours: Curve, theirs: Curve, weights: Numbers, seed: int) -> dict[s
 
 
 def verdict(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give for each rival, axis and mark the better of our curves.
+    """Give for each rival, axis and mark the better of our plan alone and stacked.
 
-    That is one that is never below, then the one whose worst difference is better. Curves that
-    share no cost with the rival come last.
+    Each other curve of ours is told by itself: with a choice among many one is soon never below.
+    The better is one that is never below, then the one whose worst difference is better. Curves
+    that share no cost with the rival come last.
     """
-    best: dict[tuple[str, str, str], tuple[tuple[bool, float], dict[str, Any]]] = {}
+    best: dict[tuple[str, ...], tuple[tuple[bool, float], dict[str, Any]]] = {}
     for pair in comparisons:
-        key = (pair["rival"], pair["axis"], pair["mark"])
+        ours = OURS if pair["ours"] == STACKED else pair["ours"]
+        key = (ours, pair["rival"], pair["axis"], pair["mark"])
         rank = (False, -np.inf)
         if pair["saved"]:
             rank = (pair["never_below"], min(pair["difference"]))

@@ -79,3 +79,13 @@ def test_shuffled_plans_have_the_modes_of_each_step() -> None:
         counts = [Counter(mode for row in b.modes.values() for mode in row) for b in (mine, before)]
         assert counts[0] == counts[1]
     assert made == shuffle_modes(plan, [1, 2]) != shuffle_modes(plan, [1, 3])
+
+
+def test_each_further_curve_of_ours_is_told_by_itself() -> None:
+    """A rival is not held against the best of many curves."""
+    pairs = [
+        {"rival": "layer", "axis": "a", "mark": "m", "ours": ours, "saved": [0.1],
+         "never_below": good, "difference": [1.0 if good else -1.0]}
+        for ours, good in (("both", False), ("stacked", True), ("pooled", False), ("fewer", True))
+    ]  # fmt: skip
+    assert [pair["ours"] for pair in verdict(pairs)] == ["stacked", "pooled", "fewer"]
