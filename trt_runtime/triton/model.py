@@ -23,7 +23,7 @@ from trt_runtime.pipeline import Picture
 from trt_runtime.triton.closing import ERROR_LINGER_SECONDS, LINGER_SECONDS, Closing
 from trt_runtime.triton.interface import inputs, outputs
 from trt_runtime.triton.metrics import Metrics
-from trt_runtime.triton.orphan import leave_with_server
+from trt_runtime.triton.orphan import leave_with_server, stop
 from trt_runtime.triton.request import Asked, parse
 from trt_runtime.triton.service import PictureService, Preview, png
 
@@ -80,7 +80,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle of this version; an ArrowheadError here is what the load reports."""
         check_numpy()
-        leave_with_server()
+        self.watch = leave_with_server()
         config = json.loads(args["model_config"])
         given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         parameters = PARAMETERS | given
@@ -134,6 +134,7 @@ class TritonPythonModel:
         # A metric tells the server when it goes, and crashes the process if that is after this.
         del self.metrics
         self.service.close()
+        stop(self.watch)
 
     def _arrays(self, request: Any) -> dict[str, Any]:
         tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in self.names]

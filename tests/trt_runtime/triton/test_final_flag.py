@@ -54,7 +54,7 @@ from trt_runtime.triton.orphan import leave_with_server
 
 class TritonPythonModel:
     def initialize(self, args):
-        leave_with_server()
+        self.watch = leave_with_server()
 
     def execute(self, requests):
         time.sleep(0.0003)

@@ -1,4 +1,4 @@
-"""A process that outlives its parent: it ends by itself, and removes the memory they shared."""
+"""A process that outlives its parent: it is ended, and the memory they shared removed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,16 @@ from tests.trt_runtime.triton.processes import wait_for
 from trt_runtime.triton.orphan import SHARED_MEMORY, segments, watch
 
 _CHILD = """
-import sys, time
-from trt_runtime.triton.orphan import leave_with_server
-leave_with_server()
-print("watching", flush=True)
-time.sleep(60)
+import ctypes, sys, time
+from trt_runtime.triton.orphan import leave_with_server, stop
+watching = leave_with_server()
+print(watching.pid, flush=True)
+how = sys.argv[2]
+if how == "stops":
+    stop(watching)
+    print("stopped", flush=True)
+if how != "ends":
+    (ctypes.PyDLL(None) if how == "locked" else time).sleep(60)  # PyDLL: keeps Python's lock
 """
 _PARENT = """
 import subprocess, sys, time
@@ -30,6 +36,41 @@ time.sleep(60)
 """
 
 
+class Family:
+    """A parent that shares memory with its child, and the child's watch."""
+
+    def __init__(self, how: str) -> None:
+        self.segment = SHARED_MEMORY / f"arrowhead_test_{uuid.uuid4().hex}"
+        self.segment.touch()
+        command = [sys.executable, "-c", _PARENT, _CHILD, self.segment.name, how]
+        self.parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.child, self.watch = int(self.line()), int(self.line())
+
+    def line(self) -> str:
+        assert self.parent.stdout is not None
+        return self.parent.stdout.readline()
+
+    def runs(self, pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self.parent.kill()
+        self.parent.wait()
+        assert self.parent.stdout is not None
+        self.parent.stdout.close()
+        self.segment.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> Iterator[Family]:
+    made = Family(request.param)
+    yield made
+    made.close()
+
+
 def test_segments_are_the_files_that_the_command_line_names(tmp_path: Path) -> None:
     (tmp_path / "arrowhead_1").touch()
     (tmp_path / "another").touch()
@@ -37,35 +78,41 @@ def test_segments_are_the_files_that_the_command_line_names(tmp_path: Path) -> N
     assert segments(words, tmp_path) == [tmp_path / "arrowhead_1"]
 
 
-@pytest.mark.parametrize("pidfd", [True, False])
-def test_one_whose_parent_has_gone_removes_the_segment_and_leaves(
-    pidfd: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(pid: int) -> int:
-        raise OSError("no such system call")
+def test_memory_of_a_server_and_a_process_that_have_both_gone_is_removed(tmp_path: Path) -> None:
+    ended = [subprocess.Popen(["true"]) for _ in range(2)]
+    for each in ended:
+        each.wait()
+    segment = tmp_path / "arrowhead_1"
+    segment.touch()
+    watch(ended[0].pid, ended[1].pid, [segment, tmp_path / "gone"])
+    assert not segment.exists()
 
-    if not pidfd:
-        monkeypatch.setattr(os, "pidfd_open", refused)
+
+def test_memory_of_a_server_that_runs_on_is_its_own(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    segment, left = tmp_path / "arrowhead_1", []
+    segment = tmp_path / "arrowhead_1"
     segment.touch()
-    watch(ended.pid, [segment, tmp_path / "gone"], left.append)
-    assert left == [1] and not segment.exists()
-
-
-def test_a_child_stays_with_its_parent_and_goes_after_it() -> None:
-    segment = SHARED_MEMORY / f"arrowhead_test_{uuid.uuid4().hex}"
-    segment.touch()
-    command = [sys.executable, "-c", _PARENT, _CHILD, segment.name]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert parent.stdout.readline() == "watching\n"
-    os.kill(child, 0)
+    watch(os.getpid(), ended.pid, [segment])
     assert segment.exists()
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
-    wait_for("the end of the child", lambda: not Path(f"/proc/{child}/cmdline").exists(), 10)
-    assert not segment.exists()
-    parent.stdout.close()
+
+
+@pytest.mark.parametrize("family", ["waits", "locked"], indirect=True)
+def test_a_child_stays_with_its_parent_and_goes_after_it(family: Family) -> None:
+    assert family.runs(family.child) and family.runs(family.watch) and family.segment.exists()
+    family.parent.send_signal(signal.SIGKILL)
+    wait_for("the end of the child", lambda: not family.runs(family.child), 10)
+    wait_for("the end of the watch", lambda: not family.runs(family.watch), 10)
+    assert not family.segment.exists()
+
+
+@pytest.mark.parametrize("family", ["ends"], indirect=True)
+def test_the_watch_goes_after_the_child_and_leaves_the_parent_its_memory(family: Family) -> None:
+    wait_for("the end of the watch", lambda: not family.runs(family.watch), 10)
+    assert family.runs(family.parent.pid) and family.segment.exists()
+
+
+@pytest.mark.parametrize("family", ["stops"], indirect=True)
+def test_a_watch_that_is_stopped_leaves_nothing_of_itself(family: Family) -> None:
+    assert family.line() == "stopped\n"
+    assert not Path(f"/proc/{family.watch}").exists() and family.runs(family.child)
