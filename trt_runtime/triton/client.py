@@ -21,6 +21,7 @@ import numpy as np
 from plans.errors import ArrowheadError, atomic_write
 
 PROTOCOLS = ("grpc", "http")
+ANSWER_SECONDS = 600.0
 _INTEGERS = {"SEED": np.int64}
 _EVERY_OUTPUT = ("PICTURE", "TIMINGS")
 # (steps done, PNG files of the pictures foreseen, or none)
@@ -40,15 +41,29 @@ class Answer:
 class Client:
     """A connection to one model of a Triton server; use one for one thread.
 
-    address: host:port of the protocol. A refused request raises tritonclient's own exception,
-    `refusal`, with the server's message.
+    address: host:port of the protocol. seconds: how long an answer may take, its wait in the queue
+    included; a call that takes longer is given up, over gRPC on the server too, and raises
+    ArrowheadError. A refused request raises tritonclient's own exception, `refusal`, with the
+    server's message.
     """
 
-    def __init__(self, address: str, *, model: str = "arrowhead", protocol: str = "grpc") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str = "arrowhead",
+        protocol: str = "grpc",
+        seconds: float = ANSWER_SECONDS,
+    ) -> None:
         self.model = model
         self.protocol = protocol
+        self.seconds = seconds
+        self._address = address
         self._library = _library(protocol)
-        self._client = self._library.InferenceServerClient(address)
+        grpc = protocol == "grpc"
+        limits = {} if grpc else {"network_timeout": seconds}
+        self._limits = {"client_timeout": seconds} if grpc else {}
+        self._client = self._library.InferenceServerClient(address, **limits)
         self.refusal: type[Exception] = self._library.InferenceServerException
 
     def __enter__(self) -> Client:
@@ -70,7 +85,12 @@ class Client:
         """
         tensors, wanted = self._tensors(prompts, inputs, outputs)
         started = time.perf_counter()
-        result = self._client.infer(self.model, tensors, outputs=wanted)
+        try:
+            result = self._client.infer(self.model, tensors, outputs=wanted, **self._limits)
+        except (self.refusal, TimeoutError) as error:
+            if isinstance(error, self.refusal) and "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise self._late() from error
         return _answer(result, time.perf_counter() - started)
 
     def stream(
@@ -90,7 +110,11 @@ class Client:
         try:
             self._client.async_stream_infer(self.model, tensors, outputs=wanted)
             while True:
-                result, error = arrived.get()
+                left = started + self.seconds - time.perf_counter()
+                try:
+                    result, error = arrived.get(timeout=max(left, 0))
+                except queue.Empty:
+                    raise self._late() from None
                 if error is not None:
                     refused = True
                     raise error
@@ -107,7 +131,19 @@ class Client:
         """Send a request and do not wait for it: what it gives has cancel(); gRPC."""
         tensors, wanted = self._tensors(prompts, inputs, _EVERY_OUTPUT)
         return self._client.async_infer(
-            self.model, tensors, outputs=wanted, callback=lambda result, error: None
+            self.model,
+            tensors,
+            outputs=wanted,
+            callback=lambda result, error: None,
+            **self._limits,
+        )
+
+    def _late(self) -> ArrowheadError:
+        return ArrowheadError(
+            f"{self.model} on {self._address}",
+            got="no answer",
+            expected=f"one within {self.seconds:g} s",
+            fix="allow more seconds, or look into the server's log and queue",
         )
 
     def _tensors(
@@ -179,11 +215,15 @@ def main() -> int:
     parser.add_argument("--previews", type=int, default=0, metavar="N", help="one every N steps")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--seconds", type=float, default=ANSWER_SECONDS, metavar="X", help="give up after"
+    )
     parser.add_argument("--output", type=Path, default=Path("picture.png"))
     arguments = parser.parse_args()
     address = arguments.address or f"127.0.0.1:{8001 if arguments.protocol == 'grpc' else 8000}"
     inputs = {} if arguments.seed is None else {"seed": arguments.seed}
-    with Client(address, model=arguments.model, protocol=arguments.protocol) as client:
+    chosen = {"model": arguments.model, "protocol": arguments.protocol}
+    with Client(address, seconds=arguments.seconds, **chosen) as client:
         try:
             if arguments.stream:
                 answer = _stream_with_bar(client, arguments, inputs)
@@ -191,6 +231,9 @@ def main() -> int:
                 answer = client.draw([arguments.prompt], **inputs)
         except client.refusal as error:
             print(f"refused: {error}", file=sys.stderr)
+            return 1
+        except ArrowheadError as error:
+            print(error, file=sys.stderr)
             return 1
     atomic_write(arguments.output, answer.pictures[0])
     told = answer.timings[0]

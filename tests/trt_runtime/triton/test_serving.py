@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from plans.errors import ArrowheadError
 from tests.trt_runtime.triton.conftest import ROOT, Twin, assert_near, decode
 from tests.trt_runtime.triton.micro import PICTURES, STEPS
 from trt_runtime.triton.client import Client
@@ -55,9 +56,9 @@ def server(
 def client(server: Server) -> Iterator[Callable[..., Client]]:
     made: list[Client] = []
 
-    def connect(model: str, protocol: str = "grpc") -> Client:
+    def connect(model: str, protocol: str = "grpc", **options: float) -> Client:
         port = server.grpc if protocol == "grpc" else server.http
-        made.append(Client(f"127.0.0.1:{port}", model=model, protocol=protocol))
+        made.append(Client(f"127.0.0.1:{port}", model=model, protocol=protocol, **options))
         return made[-1]
 
     yield connect
@@ -203,6 +204,25 @@ def test_cancelled_requests_are_not_drawn(
     got = client(model).draw([PROMPTS[0]], seed=8)
     assert_near(decode(got.pictures[0]), twin(model)([PROMPTS[0]], [8])[0])
     assert server.metric("arrowhead_pictures_total", model=model) - before < 30
+
+
+@pytest.mark.parametrize("way", ["grpc", "http", "stream"])
+def test_an_answer_that_does_not_come_in_time_is_given_up(
+    way: str, client: Clients, twin: Twins
+) -> None:
+    model = "sd3_stream" if way == "stream" else "sd3"
+    hurried = client(model, "http" if way == "http" else "grpc", seconds=0.05)
+    draw = hurried.stream if way == "stream" else hurried.draw
+    patient = client(model)
+    others = [] if way == "stream" else [patient.begin(["a star"], seed=i) for i in range(40)]
+    late = r"sd3\w* on 127.0.0.1:\d+ \| got no answer; expected one within 0.05 s. Fix: "
+    with pytest.raises(ArrowheadError, match=late):
+        for seed in range(100):  # a lone picture may just be in time
+            draw([PROMPTS[0]] * 2, seed=seed)
+    for other in others:
+        other.cancel()
+    got = (patient.stream if way == "stream" else patient.draw)([PROMPTS[0]], seed=8)
+    assert_near(decode(got.pictures[0]), twin("sd3")([PROMPTS[0]], [8])[0])
 
 
 def test_a_client_that_dies_is_cancelled(server: Server, client: Clients, twin: Twins) -> None:
