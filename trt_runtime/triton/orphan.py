@@ -4,7 +4,7 @@ A server that is killed, that crashes, or that ends at --exit-timeout-secs does 
 Triton's own watch (2.51) then waits for what the process does to end, which may be an answer that
 nobody takes: the process would stay for ever, with its engines. Nor does it remove the segment.
 
-The watch is a process of its own (10 MB, and ten looks a second): a server that crashes can take a
+The watch is a process of its own (12 MB, and ten looks a second): a server that crashes can take a
 lock of the shared memory along, for which the model's process then waits and lets no thread of its
 own run, since it holds Python's lock meanwhile.
 """
