@@ -25,7 +25,7 @@ from trt_runtime.step_baselines import Baselines
 from trt_runtime.step_memory import outside_bytes, used_bytes, weight_bytes
 from trt_runtime.step_onnxruntime import GraphSettings, OnnxRuntimeSteps, check_disk
 from trt_runtime.step_plans import CompiledSteps, PlannedSteps
-from trt_runtime.step_profile import step_classes
+from trt_runtime.step_profile import step_profile
 from trt_runtime.step_runners import (
     BACKENDS,
     EAGER,
@@ -217,9 +217,8 @@ class Workbench:
     def _profile(self, runner: Runner, row: Row) -> None:
         if self.settings.profile:
             with self.noting(f"profile of {runner.name}"):
-                row["classes_ms"] = step_classes(
-                    runner.uncaptured, self.architecture, row.get("buckets_ms", [row["ms"]])[0]
-                )
+                ms = row.get("buckets_ms", [row["ms"]])[0]
+                row |= step_profile(runner.uncaptured, self.architecture, ms)
 
     def baseline_rows(self) -> list[Row]:
         """What only the baselines have: memory, preparation, and where their time goes."""

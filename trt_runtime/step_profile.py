@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from plans.architectures import Architecture
 
 CLASSES = ("projections", "attention", "MLP", "norms and elementwise", "copies", "other")
+KERNELS = 20  # told by name
 _COLOURS = ("#4878a8", "#c44e52", "#dd9c4b", "#6aa56e", "#8a7fb0", "#9a9a9a")
 _ATTENTION = ("arrowhead", "attention", "flash", "fmha", "sdpa")
 _MULTIPLY = ("gemm", "nvjet", "xmma", "cutlass", "cublas", "splitk")
@@ -21,12 +22,13 @@ _SPANS = ("Torch-Compiled", "CompiledFx", "ProfilerStep", "## ")  # of time, not
 _MATMULS = ("aten::addmm", "aten::mm", "aten::_addmm_activation", "aten::bmm", "aten::linear")
 
 
-def step_classes(
+def step_profile(
     run: Callable[[], Any], architecture: Architecture, total_ms: float
-) -> dict[str, float]:
-    """Profile one step; milliseconds by class, scaled to the time the step takes unprofiled.
+) -> dict[str, Any]:
+    """Profile one step; milliseconds by class, and the kernels that take most of them.
 
-    On a CPU there are no kernels to see, and PyTorch's operators are classed in their place.
+    Both scaled to the time the step takes unprofiled. A matmul whose shapes the profiler lost is
+    of class "other". On a CPU PyTorch's operators stand in the place of kernels.
     """
     on_gpu = torch.cuda.is_available() and next(iter(_outputs(run()))).is_cuda
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -36,12 +38,20 @@ def step_classes(
             torch.cuda.synchronize()
     width = architecture.config["num_attention_heads"] * architecture.config["attention_head_dim"]
     spent: dict[str, float] = defaultdict(float)
+    kernels: dict[str, list[float]] = defaultdict(list)
     for name, shapes, microseconds in _work(profiler.events() or [], on_gpu):
+        kernels[name].append(microseconds)
         for kind, share in classify(name, shapes, width).items():
-            spent[kind] += share * microseconds / 1000
+            spent[kind] += share * microseconds
     measured = sum(spent.values())
     scale = total_ms / measured if measured else 0.0
-    return {kind: spent[kind] * scale for kind in CLASSES}
+    most = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:KERNELS]
+    return {
+        "classes_ms": {kind: spent[kind] * scale for kind in CLASSES},
+        "kernels": [
+            {"name": name, "calls": len(times), "ms": sum(times) * scale} for name, times in most
+        ],
+    }
 
 
 def classify(kernel: str, shapes: Sequence[Sequence[int]], width: int) -> dict[str, float]:
@@ -67,6 +77,8 @@ def _multiplies(name: str) -> bool:
 
 def _of_matmul(shapes: Sequence[Sequence[int]], width: int) -> dict[str, float]:
     """Tell a projection from an MLP layer by its width of 4 x `width` on one side."""
+    if not shapes:
+        return {"other": 1.0}
     dims = [dim for shape in shapes if len(shape) in (2, 3) for dim in shape[-2:]]
     inner = [dim for dim in set(dims) if dims.count(dim) > 1 and 4 * width < dim <= 5 * width]
     if inner:

@@ -88,6 +88,9 @@ def test_rows_hold_both_sides_and_pictures(
         expected = (row["full_step_ms"] + 27 * row["ms"]) / 1000
         assert row["picture_seconds"]["28"] == pytest.approx(expected)
         assert sum(row["classes_ms"].values()) == pytest.approx(row["ms"])
+        kernels = row["kernels"]
+        assert kernels[0]["ms"] >= kernels[-1]["ms"] > 0 and kernels[0]["calls"] >= 1
+        assert sum(kernel["ms"] for kernel in kernels) <= row["ms"] * (1 + 1e-6)
     assert report["rows"][0]["loop_seconds"] > 0 and report["rows"][0]["cache_bytes"] > 0
     assert "classes_ms" in report["baselines"][0]
 
@@ -176,6 +179,7 @@ def test_a_picture_is_one_full_step_and_the_others() -> None:
         ("nvjet_tst_256x128_64x4", [[3072], [16896, 3072], [3072, 3072]], {"projections": 1.0}),
         ("sm90_xmma_gemm_bf16", [[12288], [16896, 3072], [3072, 12288]], {"MLP": 1.0}),
         ("nvjet_tst", [[16896, 12288], [12288, 3072]], {"MLP": 1.0}),
+        ("nvjet_tst", [], {"other": 1.0}),
         ("nvjet_tst", [[16896, 14592], [14592, 3072]],
          {"MLP": 12288 / 14592, "projections": 1 - 12288 / 14592}),
         ("triton_red_fused_native_layer_norm_3", [], {"norms and elementwise": 1.0}),
