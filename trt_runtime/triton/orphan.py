@@ -53,25 +53,25 @@ def segments(arguments: list[str], folder: Path = SHARED_MEMORY) -> list[Path]:
 
 def watch(server: int, process: int, shared: list[Path]) -> None:
     """Wait until `process` is the server's child no more; end and remove what the server left."""
-    while _parent(process) == server:
+    while (runs := parent_and_group(process)) is not None and runs[0] == server:
         time.sleep(_LOOK_SECONDS)
-    if _parent(process) is not None:
+    if runs is not None:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    elif _parent(server) is not None:
+    elif parent_and_group(server) is not None:
         return  # the process has ended, and the server clears up after it
     for segment in shared:
         segment.unlink(missing_ok=True)
 
 
-def _parent(process: int) -> int | None:
-    """Give the parent of a process that runs."""
+def parent_and_group(process: int | str) -> tuple[int, int] | None:
+    """Look up a process; None if it has ended, also where nobody has taken its exit status yet."""
     try:
         line = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return None
-    state, parent = line.rpartition(")")[2].split()[:2]  # the name before it may hold anything
-    return None if state in "ZX" else int(parent)
+    state, parent, group = line.rpartition(")")[2].split()[:3]  # the name may hold anything
+    return None if state in "ZX" else (int(parent), int(group))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from typing import Self
 
 from plans.errors import ArrowheadError
 from trt_runtime.triton.environment import libpython_folder, server_files
+from trt_runtime.triton.orphan import SHARED_MEMORY, parent_and_group
 
 SERVER_VARIABLE = "ARROWHEAD_TRITON"
-_SHARED_MEMORY = Path("/dev/shm")
 _HOST = "127.0.0.1"
 _EXIT_SECONDS = 30  # Triton's own deadline for its stop; past it it ends with status 1
 _ORPHAN_SECONDS = 5.0  # for the models' processes to end after a server that did not tell them
@@ -158,7 +158,7 @@ class Server:
 
     def shared_memory(self) -> list[Path]:
         """List the shared-memory segments that are this server's."""
-        return sorted(_SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"))
+        return sorted(SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"))
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum the samples of one metric that have these labels."""
@@ -221,16 +221,21 @@ class Server:
             self.exit_status = process.wait()
             # Models' processes are of the same group.
             deadline = time.monotonic() + (_ORPHAN_SECONDS if patience else 0)
-            with suppress(ProcessLookupError):
-                while time.monotonic() < deadline:
-                    os.killpg(process.pid, 0)
-                    time.sleep(0.02)
-                os.killpg(process.pid, signal.SIGKILL)
+            while _group_runs(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if _group_runs(process.pid):
                 self.killed = True
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         self.left = self.shared_memory()
         for segment in self.left:
             segment.unlink(missing_ok=True)
         self._stack.close()
+
+
+def _group_runs(group: int) -> bool:
+    processes = (parent_and_group(each.name) for each in Path("/proc").glob("[0-9]*"))
+    return any(found is not None and found[1] == group for found in processes)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.trt_runtime.triton.conftest import ROOT
 from tests.trt_runtime.triton.processes import wait_for
-from trt_runtime.triton.orphan import SHARED_MEMORY, segments, watch
+from trt_runtime.triton.orphan import SHARED_MEMORY, parent_and_group, segments, watch
 
 _CHILD = """
 import ctypes, sys, time
@@ -36,6 +36,10 @@ time.sleep(60)
 """
 
 
+def runs(pid: int) -> bool:
+    return parent_and_group(pid) is not None
+
+
 class Family:
     """A parent that shares memory with its child, and the child's watch."""
 
@@ -49,12 +53,6 @@ class Family:
     def line(self) -> str:
         assert self.parent.stdout is not None
         return self.parent.stdout.readline()
-
-    def runs(self, pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-        except OSError:
-            return False
 
     def close(self) -> None:
         self.parent.kill()
@@ -78,6 +76,14 @@ def test_segments_are_the_files_that_the_command_line_names(tmp_path: Path) -> N
     assert segments(words, tmp_path) == [tmp_path / "arrowhead_1"]
 
 
+def test_a_process_that_nobody_waited_for_has_ended() -> None:
+    process = subprocess.Popen(["true"], process_group=0)
+    wait_for("its end", lambda: parent_and_group(process.pid) is None, 10)
+    assert Path(f"/proc/{process.pid}").exists()
+    process.wait()
+    assert parent_and_group(os.getpid()) == (os.getppid(), os.getpgrp())
+
+
 def test_memory_of_a_server_and_a_process_that_have_both_gone_is_removed(tmp_path: Path) -> None:
     ended = [subprocess.Popen(["true"]) for _ in range(2)]
     for each in ended:
@@ -99,20 +105,20 @@ def test_memory_of_a_server_that_runs_on_is_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["waits", "locked"], indirect=True)
 def test_a_child_stays_with_its_parent_and_goes_after_it(family: Family) -> None:
-    assert family.runs(family.child) and family.runs(family.watch) and family.segment.exists()
+    assert runs(family.child) and runs(family.watch) and family.segment.exists()
     family.parent.send_signal(signal.SIGKILL)
-    wait_for("the end of the child", lambda: not family.runs(family.child), 10)
-    wait_for("the end of the watch", lambda: not family.runs(family.watch), 10)
+    wait_for("the end of the child", lambda: not runs(family.child), 10)
+    wait_for("the end of the watch", lambda: not runs(family.watch), 10)
     assert not family.segment.exists()
 
 
 @pytest.mark.parametrize("family", ["ends"], indirect=True)
 def test_the_watch_goes_after_the_child_and_leaves_the_parent_its_memory(family: Family) -> None:
-    wait_for("the end of the watch", lambda: not family.runs(family.watch), 10)
-    assert family.runs(family.parent.pid) and family.segment.exists()
+    wait_for("the end of the watch", lambda: not runs(family.watch), 10)
+    assert runs(family.parent.pid) and family.segment.exists()
 
 
 @pytest.mark.parametrize("family", ["stops"], indirect=True)
 def test_a_watch_that_is_stopped_leaves_nothing_of_itself(family: Family) -> None:
     assert family.line() == "stopped\n"
-    assert not Path(f"/proc/{family.watch}").exists() and family.runs(family.child)
+    assert not Path(f"/proc/{family.watch}").exists() and runs(family.child)
