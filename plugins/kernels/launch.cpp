@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "copy.h"
 #include "mma_config.h"
 #include "sm90_config.h"
 #if ARROWHEAD_SM90
@@ -158,6 +159,7 @@ cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream)
       params.kernel == Kernel::kSm90 || params.kernel == Kernel::kSm90Wide;
   if (device.major < 8 || (wants_hopper && !hopper)) return cudaErrorNoKernelImageForDevice;
 
+  if (params.kernel == Kernel::kAuto && only_copies(params)) return launch_copies(params, stream);
   error = cudaMemsetAsync(params.workspace, 0, sizeof(unsigned), stream);
   if (error != cudaSuccess) return error;
 #if ARROWHEAD_SM90

@@ -30,7 +30,7 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 /// Loads four 8x8 matrices; each lane gives the address of one 16-byte row.
-__device__ __forceinline__ void load_matrices(std::uint32_t (&m)[4], const void* smem_row) {
+__device__ __forceinline__ void load_matrices(std::uint32_t* m, const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                : "r"(smem_address(smem_row))

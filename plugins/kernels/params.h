@@ -25,7 +25,8 @@ struct SegmentViews {
   TensorView image;
 };
 
-/// Which kernel runs; kAuto asks the device. The others are for tests and measurements.
+/// Which kernel runs; kAuto asks the device, and copies where all heads are cached. The others are
+/// for tests and measurements.
 enum class Kernel : std::int32_t { kAuto = 0, kSm90 = 1, kSm90Wide = 2, kMmaSync = 3 };
 
 struct AttentionParams {

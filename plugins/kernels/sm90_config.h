@@ -21,9 +21,9 @@ struct Tuning {
 /// `wide` is the D = 64 tile of 192 rows; elsewhere it changes nothing.
 constexpr Tuning tuning(int head_dim, bool wide) {
   // 128 keys: at block 128 no tile of a band needs a mask, and a band starts on a tile.
-  // D 128: 64 scores, 32 weights and 64 outputs a thread need two groups of 240 registers. Two
+  // D 128: 64 scores, 32 weights, 64 outputs and 32 queries a thread need two groups. Two
   // stages of 64 KB leave room for an output buffer, so that the next Q need not wait for a store.
-  if (head_dim == 128) return {2, 128, 2, 40, 232};
+  if (head_dim == 128) return {2, 128, 2, 32, 232};
   // D 64: exp2 takes as long as the products; a third group gives the scheduler more to overlap.
   if (wide) return {3, 128, 4, 32, 160};
   return {2, 128, 4, 40, 232};
@@ -43,6 +43,9 @@ struct Config {
   static constexpr int kGroupBytes = 64 * kHeadDim * 2;    // one group's rows of Q or O
   static constexpr int kKvBytes = kTileK * kHeadDim * 2;
   static constexpr int kScores = kTileK / 2;  // accumulator registers of a thread
+  // At D 128 shared memory paces the products unless Q is in registers; at D 64 there is no room.
+  static constexpr bool kQueriesInRegisters = kHeadDim == 128;
+  static constexpr int kQueries = kQueriesInRegisters ? kHeadDim / 4 : 1;
   // Where exponentials set the pace, the tensor cores add up the weights: V has eight more columns,
   // of ones. At D 128 they would not fit behind V's two slabs.
   static constexpr bool kOnes = kHeadDim == 64;

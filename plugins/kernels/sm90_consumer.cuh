@@ -1,8 +1,8 @@
 // A consumer warpgroup: 64 query rows against the tiles of the list, and their output.
 #pragma once
 
-#include "mma_ptx.cuh"
 #include "sm90_shared.cuh"
+#include "sm90_warp_scores.cuh"
 #include "softmax.cuh"
 
 namespace arrowhead::sm90 {
@@ -22,6 +22,7 @@ struct Consumer {
   RingPosition<C::kStages> v_at;
   RingPosition<1> q_at;
   RingPosition<kWorkSlots> work_at;
+  std::uint32_t q[C::kQueries];  // where they are kept in registers
 
   __device__ Consumer(const Params& params, SharedStorage<C>& shared, int group)
       : params(params), shared(shared), group(group), thread(threadIdx.x % 128) {}
@@ -99,6 +100,7 @@ struct Consumer {
     OnlineSoftmax softmax;
     barrier_wait(shared.q_full[group], q_at.parity());
     q_at.advance();
+    if constexpr (C::kQueriesInRegisters) load_queries();
 
     int position = 0;
 #pragma unroll 1
@@ -166,11 +168,25 @@ struct Consumer {
     finish_v();
   }
 
+  /// Shared memory keeps them too, for compute_warp_scores.
+  __device__ __forceinline__ void load_queries() {
+#pragma unroll
+    for (int step = 0; step < C::kHeadDim / 16; ++step) {
+      load_query_columns(q + 4 * step, shared.q[group], step, thread);
+    }
+  }
+
   __device__ __forceinline__ void issue_scores(float (&s)[C::kScores]) {
+    constexpr int kSlabBytes = C::kTileK * kSlabRowBytes;
     pin(s);
+    if constexpr (C::kQueriesInRegisters) pin(q);
     wgmma_begin();
-    multiply_q_k<T, C::kHeadDim>(s, q_descriptor(), k_descriptor(), 64 * kSlabRowBytes,
-                                 C::kTileK * kSlabRowBytes);
+    if constexpr (C::kQueriesInRegisters) {
+      multiply_q_k<T>(s, q, k_descriptor(), kSlabBytes);
+    } else {
+      multiply_q_k<T, C::kHeadDim>(s, q_descriptor(), k_descriptor(), 64 * kSlabRowBytes,
+                                   kSlabBytes);
+    }
     wgmma_commit();
   }
 
@@ -219,37 +235,9 @@ struct Consumer {
                                                  float (&s)[C::kScores], OnlineSoftmax& softmax) {
     if (!is_masked(position, open)) {
       if (softmax.try_step<!C::kOnes>(s, params.problem.scale_log2)) return {1.f, 1.f};
-      compute_scores_again(s);
+      compute_warp_scores<T, C::kHeadDim>(s, shared.q[group], shared.k[k_at.slot()], thread);
     }
     return weigh(position, open, s, softmax);
-  }
-
-  /// Of this warp's 16 rows alone: a wgmma would need the other warps, whose weights may be fine.
-  __device__ __forceinline__ void compute_scores_again(float (&s)[C::kScores]) const {
-    const int lane = thread % 32;
-    const unsigned char* q = shared.q[group];
-    const unsigned char* k = shared.k[k_at.slot()];
-#pragma unroll
-    for (int i = 0; i < C::kScores; ++i) s[i] = 0.f;
-#pragma unroll 1
-    for (int step = 0; step < C::kHeadDim / 16; ++step) {
-      std::uint32_t a[4];
-      mma::load_matrices(a, chunk(q, 64, thread / 32 * 16 + lane % 16, 2 * step + lane / 16));
-#pragma unroll
-      for (int keys = 0; keys < C::kTileK; keys += 16) {
-        std::uint32_t b[4];  // two groups of eight keys, two halves of 16 columns each
-        const int key = keys + lane / 16 * 8 + lane % 8;
-        mma::load_matrices(b, chunk(k, C::kTileK, key, 2 * step + lane / 8 % 2));
-        mma::Multiply<T>::add(s + keys / 2, a, b[0], b[1]);
-        mma::Multiply<T>::add(s + keys / 2 + 4, a, b[2], b[3]);
-      }
-    }
-  }
-
-  /// Where columns 8 column .. 8 column + 7 of a row lie in a tile of so many rows.
-  static __device__ __forceinline__ const unsigned char* chunk(const unsigned char* tile, int rows,
-                                                               int row, int column) {
-    return tile + (column / 8 * rows + row) * kSlabRowBytes + (column % 8 ^ row % 8) * 16;
   }
 
   __device__ __forceinline__ void mask(int position, float (&s)[C::kScores]) {

@@ -1,5 +1,6 @@
-// Hopper's warpgroup matrix multiply on 64 rows: S = Q K' from shared memory, O += P V with P in
-// registers. Operand tiles are slabs of 64 columns (128 bytes) in the 128-byte swizzle.
+// Hopper's warpgroup matrix multiply on 64 rows: S = Q K' with Q in shared memory or in registers,
+// O += P V with P in registers. Operand tiles are slabs of 64 columns (128 bytes) in the 128-byte
+// swizzle.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,8 +36,17 @@ namespace arrowhead::sm90 {
                : operands                                                                     \
                : "l"(desc_a), "l"(desc_b), "r"(first ? 0 : 1))
 
+// A in registers; B as above (K as it lies in memory).
+#define ARROWHEAD_WGMMA_RS_K(shape, type, numbers, a, b, keep, operands, q, desc_b, first)   \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " keep ", 0;\n"                       \
+               "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" numbers      \
+               "}, {" a "}, " b ", keep, 1, 1, 0;\n}\n"                                      \
+               : operands                                                                    \
+               : "r"((q)[0]), "r"((q)[1]), "r"((q)[2]), "r"((q)[3]), "l"(desc_b),            \
+                 "r"(first ? 0 : 1))
+
 // A in registers; B in shared memory with its N axis contiguous (V as it lies in memory).
-#define ARROWHEAD_WGMMA_RS(shape, type, numbers, a, b, operands, p, desc_b)                \
+#define ARROWHEAD_WGMMA_RS_N(shape, type, numbers, a, b, operands, p, desc_b)                \
   asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" numbers    \
                "}, {" a "}, " b ", 1, 1, 1, 1;\n"                                          \
                : operands                                                                  \
@@ -53,19 +63,24 @@ struct Wgmma;
       ARROWHEAD_WGMMA_SS("m64n128k16", type, ARROWHEAD_N64, "%64", "%65", "%66",              \
                          ARROWHEAD_F64(s), q, k, first);                                      \
     }                                                                                         \
+    static __device__ __forceinline__ void q_k(float (&s)[64], const std::uint32_t* q,        \
+                                               std::uint64_t k, bool first) {                 \
+      ARROWHEAD_WGMMA_RS_K("m64n128k16", type, ARROWHEAD_N64, "%64, %65, %66, %67", "%68",    \
+                           "%69", ARROWHEAD_F64(s), q, k, first);                             \
+    }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[32], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
-      ARROWHEAD_WGMMA_RS("m64n64k16", type, ARROWHEAD_N32, "%32, %33, %34, %35", "%36",       \
+      ARROWHEAD_WGMMA_RS_N("m64n64k16", type, ARROWHEAD_N32, "%32, %33, %34, %35", "%36",       \
                          ARROWHEAD_F32(o), p, v);                                             \
     }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[36], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
-      ARROWHEAD_WGMMA_RS("m64n72k16", type, ARROWHEAD_N36, "%36, %37, %38, %39", "%40",       \
+      ARROWHEAD_WGMMA_RS_N("m64n72k16", type, ARROWHEAD_N36, "%36, %37, %38, %39", "%40",       \
                          ARROWHEAD_F36(o), p, v);                                             \
     }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[64], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
-      ARROWHEAD_WGMMA_RS("m64n128k16", type, ARROWHEAD_N64, "%64, %65, %66, %67", "%68",      \
+      ARROWHEAD_WGMMA_RS_N("m64n128k16", type, ARROWHEAD_N64, "%64, %65, %66, %67", "%68",      \
                          ARROWHEAD_F64(o), p, v);                                             \
     }                                                                                         \
   }
@@ -74,7 +89,8 @@ ARROWHEAD_WGMMA_TYPE(__half, "f16");
 ARROWHEAD_WGMMA_TYPE(__nv_bfloat16, "bf16");
 
 #undef ARROWHEAD_WGMMA_TYPE
-#undef ARROWHEAD_WGMMA_RS
+#undef ARROWHEAD_WGMMA_RS_N
+#undef ARROWHEAD_WGMMA_RS_K
 #undef ARROWHEAD_WGMMA_SS
 #undef ARROWHEAD_N64
 #undef ARROWHEAD_N36
@@ -146,6 +162,18 @@ __device__ __forceinline__ void multiply_q_k(float (&s)[kScores], std::uint64_t 
     const int inside = step % 4 * 32;
     Wgmma<T>::q_k(s, advance(q, slab * q_slab_bytes + inside),
                   advance(k, slab * k_slab_bytes + inside), step == 0);
+  }
+}
+
+/// The same with Q in registers: four a step, as a matrix of 16 rows and columns is loaded.
+template <class T, int kScores, int kQueries>
+__device__ __forceinline__ void multiply_q_k(float (&s)[kScores],
+                                             const std::uint32_t (&q)[kQueries], std::uint64_t k,
+                                             int k_slab_bytes) {
+#pragma unroll
+  for (int step = 0; step < kQueries / 4; ++step) {
+    const std::uint64_t at = advance(k, step / 4 * k_slab_bytes + step % 4 * 32);
+    Wgmma<T>::q_k(s, q + 4 * step, at, step == 0);
   }
 }
 

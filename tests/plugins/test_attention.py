@@ -127,6 +127,35 @@ def test_tasks_in_device_memory_and_heads_left_in_place(kernel: int) -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [replace(MIX, source=(4, 3, 3)), replace(MIX, source=(3,), text=0, image=1),
+     replace(MIX, source=(4,), image=0, text=77, dtype=torch.float16),
+     replace(MIX, source=tuple(range(3, 43)) * 3, cached=40, head_dim=128, image=1023)],
+    ids=range(4),
+)  # fmt: skip
+def test_cached_heads_alone(case: Case) -> None:
+    tensors = inputs(case)
+    out, second = run(case, tensors, library.AUTO)
+    check(case, tensors, out)
+    assert torch.equal(second.flip(2), out)
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+def test_cached_heads_alone_without_text_and_one_in_place(text_first: bool) -> None:
+    case = replace(MIX, text_first=text_first)
+    cache = inputs(case)[3]
+    rows = slice(case.text, None) if text_first else slice(case.image)
+    out = torch.full((2, case.image, 3, 64), torch.nan, dtype=case.dtype, device="cuda")
+    out[:, :, 1] = 7.0
+    tasks = (library.HeadTask * library.MAX_HEADS)()
+    tasks[:3] = [library.HeadTask(CACHED, source, -1) for source in (1, -1, 0)]
+    parts = cache.split([case.text, case.image] if text_first else [case.image, case.text], dim=1)
+    pair = parts if text_first else parts[::-1]  # text, image
+    launch(pair, pair, pair, (None, out), tasks, cache=pair, **case.layout)
+    assert torch.equal(out[:, :, [0, 2]], cache[:, rows].flip(2)) and (out[:, :, 1] == 7.0).all()
+
+
 @every_kernel
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_same_bits_every_time(kernel: int, head_dim: int) -> None:
