@@ -131,6 +131,10 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="kinds of row, of: " + "; ".join(f"{n}: {v.label}" for n, v in VARIANTS.items()),
     )
     parser.add_argument(
+        "--searches", type=int, default=1, metavar="N",
+        help="plans of each bound, each searched with other noise, to see them differ (default 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--fewer-steps",
         type=int,
         nargs="+",
@@ -232,6 +236,7 @@ def _settings(pipe: Any, captions: list[str], arguments: argparse.Namespace) -> 
         max_buckets=arguments.max_buckets,
         deltas=tuple(arguments.deltas),
         variants=tuple(arguments.variants),
+        searches=arguments.searches,
         fewer_steps=tuple(arguments.fewer_steps),
         thresholds=tuple(arguments.thresholds),
         stacked_delta=arguments.stacked_delta,

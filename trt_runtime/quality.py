@@ -118,6 +118,7 @@ class _Bench:
         row: dict[str, Any] = {
             "name": point.name, "key": list(point.key), "variant": point.variant,
             "steps": point.steps, "delta": point.delta, "threshold": point.threshold,
+            "search": point.search,
         }  # fmt: skip
         run = run_of(self._planner, point)
         if run.share is None or run.share not in self._marked:
@@ -184,6 +185,7 @@ def _settings_record(pipe: Any, settings: Settings, plan: Plan) -> dict[str, Any
         "seed": settings.seed,
         "seeds": settings.seeds,
         "calibration_seed": settings.calibration_seed,
+        "searches": settings.searches,
         "device": device_name(str(pipe.device)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -15,7 +15,7 @@ from typing import Any
 from plans.errors import ArrowheadError, atomic_write
 from trt_runtime.quality_curves import AXES, MARKS, verdict
 from trt_runtime.quality_plots import CURVES, FOOTNOTE, draw_curves, plots
-from trt_runtime.quality_report import HEADER, RESULTS, read_report, table
+from trt_runtime.quality_report import HEADER, RESULTS, SPREAD, read_report, spread, table
 from trt_runtime.quality_settings import VARIANTS
 
 PAGE = "quality.html"
@@ -58,6 +58,7 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         *(f"<p class='note'>{escape(note)}</p>" for note in _NOTES),
         *(f"<h2>{escape(heading)}</h2>{picture}" for heading, picture in plots(report)),
         *_verdicts(report),
+        *_spread(report),
         "<h2>Rows</h2>", _table(HEADER, table(report)),
         "<h2>What was run</h2>", _table(("row", "how"), list(_how(report)), "text"),
         "<h2>Settings</h2>", _table(("setting", "value"), list(_settings(report)), "text"),
@@ -101,6 +102,13 @@ def _verdicts(report: dict[str, Any]) -> Iterator[str]:
         for pair in pairs
     ]
     yield _table(header, rows)
+
+
+def _spread(report: dict[str, Any]) -> Iterator[str]:
+    if rows := spread(report):
+        yield "<h2>Plans of the same bound</h2>"
+        yield "<p class='note'>Each searched with other noise on the same prompts.</p>"
+        yield _table(SPREAD, rows)
 
 
 def _outcome(pair: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.errors import ArrowheadError, atomic_write
-from trt_runtime.quality_settings import VARIANTS
+from trt_runtime.quality_settings import DELTA, VARIANTS
 
 FORMAT = "arrowhead.quality/1"
 RESULTS, CAPTIONS = "results.json", "captions.json"
@@ -114,10 +114,46 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+SPREAD = (
+    "plans",
+    "searches",
+    "attention saved",
+    "least",
+    "most",
+    "change, points",
+    "worst",
+    "best",
+)
+
+
+def spread(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Give what several searches with the same bound found: means, and how far they lie apart."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(report["rows"], key=_order):
+        if row["variant"] in VARIANTS and VARIANTS[row["variant"]].knob == DELTA:
+            groups.setdefault(f"{row['variant']}, delta {row['delta']:g}", []).append(row)
+    rows = []
+    for name, found in groups.items():
+        if len(found) > 1:
+            saved = [100 * row["attention_flops_saved"] for row in found]
+            change = [row["difference_points"] for row in found if "difference_points" in row]
+            rows.append(
+                (name, str(len(found)), *_spread(saved, "{:.1f} %"), *_spread(change, "{:+.1f}"))
+            )
+    return rows
+
+
+def _spread(values: list[float], form: str) -> tuple[str, ...]:
+    if not values:
+        return ("",) * 3
+    return tuple(map(form.format, (sum(values) / len(values), min(values), max(values))))
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _order(row: Row) -> tuple[int, float]:
+def _order(row: Row) -> tuple[int, float, int]:
     knob = row["threshold"] if row["threshold"] is not None else row["delta"]
-    return list(VARIANTS).index(row["variant"]), -row["steps"] if knob is None else knob
+    place = -row["steps"] if knob is None else knob
+    return list(VARIANTS).index(row["variant"]), place, row.get("search", 0)

@@ -119,7 +119,8 @@ class Settings:
 
     seeds: pictures of a caption; the second noise of all captions follows the first. calibration:
     the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
-    step counts of the variant "steps"; none: FEWER_STEPS of `steps`. thresholds: of the peers;
+    step counts of the variant "steps"; none: FEWER_STEPS of `steps`. searches: of each plan found
+    by a bound, each with noise of its own. thresholds: of the peers;
     stacked_delta: of the plan that runs with one, or with fewer steps; none: the middle one of
     deltas. prices: of calls of `batch` pictures; the searches that save attention FLOPs then save
     milliseconds.
@@ -139,6 +140,7 @@ class Settings:
     fewer_steps: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = THRESHOLDS
     stacked_delta: float | None = None
+    searches: int = 1
     prices: Prices | None = None
     batch: int = 8
     seed: int = 0
@@ -155,6 +157,10 @@ class Settings:
         """Search noise that no marked picture starts from."""
         return self.seed + self.pictures
 
+    def search_seed(self, search: int) -> int:
+        """Noise of a plan's search, counted from 0."""
+        return self.calibration_seed + search * len(self.calibration)
+
     def __post_init__(self) -> None:
         unknown = sorted(set(self.variants) - set(VARIANTS))
         shared = [caption for caption in self.calibration if caption in set(self.captions)]
@@ -165,6 +171,8 @@ class Settings:
             ("pictures of one call", [n for n in (self.batch,) if n < 1], "1 or more", "--batch 8"),
             ("pictures of a caption", [n for n in (self.seeds,) if n < 1], "1 or more",
              "--seeds 2"),
+            ("searches of a plan", [n for n in (self.searches,) if n < 1], "1 or more",
+             "--searches 4"),
             (
                 "calibration prompts",
                 shared,
@@ -185,10 +193,11 @@ class Point:
     steps: int
     delta: float | None = None
     threshold: float | None = None
+    search: int = 0
 
     @property
-    def key(self) -> tuple[str, int, float | None, float | None]:
-        return (self.variant, self.steps, self.delta, self.threshold)
+    def key(self) -> tuple[str, int, float | None, float | None, int]:
+        return (self.variant, self.steps, self.delta, self.threshold, self.search)
 
     @property
     def name(self) -> str:
@@ -196,18 +205,20 @@ class Point:
             return f"{self.steps} steps"
         knobs = ((DELTA, self.delta), (THRESHOLD, self.threshold))
         kind = f"{FEWER}, {self.steps} steps" if self.variant == FEWER else self.variant
-        return ", ".join([kind, *(f"{name} {x:g}" for name, x in knobs if x is not None)])
+        again = [f"search {self.search + 1}"] if self.search else []
+        return ", ".join([kind, *(f"{name} {x:g}" for name, x in knobs if x is not None), *again])
 
 
 def points(settings: Settings) -> Iterator[Point]:
-    """Give the rows in the order they are made: by delta, steps, then by threshold."""
+    """Give the rows in the order they are made: by search and delta, by steps, by threshold."""
     of = {
         knob: [v for v in settings.variants if VARIANTS[v].knob == knob]
         for knob in (DELTA, STEPS, THRESHOLD)
     }
-    for delta in settings.deltas:
-        for variant in of[DELTA]:
-            yield Point(variant, settings.steps, delta=delta)
+    for search in range(settings.searches):
+        for delta in settings.deltas:
+            for variant in of[DELTA]:
+                yield Point(variant, settings.steps, delta=delta, search=search)
     middle = sorted(settings.deltas)[len(settings.deltas) // 2] if settings.deltas else None
     stacked = middle if settings.stacked_delta is None else settings.stacked_delta
     for variant in of[STEPS]:

@@ -49,21 +49,24 @@ class Planner:
         self._folder, self._progress = folder / "plans", progress
         self._known = {path.name for path in self._folder.glob("*.json")} if resumed else set()
 
-    def plan(self, variant: str, delta: float, steps: int | None = None) -> tuple[Plan, str]:
+    def plan(
+        self, variant: str, delta: float, steps: int | None = None, search: int = 0
+    ) -> tuple[Plan, str]:
         """Give the plan of a variant at a bound, and its file, relative to the folder.
 
-        steps: another count than the settings'.
+        steps: another count than the settings'. search: which of them, each with its own noise.
         """
         counted = "" if steps is None else f"-{steps}-steps"
-        path = self._folder / f"{variant}{counted}-{delta:g}.json"
+        again = f"-search-{search + 1}" if search else ""
+        path = self._folder / f"{variant}{counted}-{delta:g}{again}.json"
         if path.name not in self._known:
             self._folder.mkdir(exist_ok=True)
-            search = _SEARCHES[variant]
-            save_plan(search(self, delta, **({} if steps is None else {"steps": steps})), path)
+            other = {} if steps is None else {"steps": steps}
+            save_plan(_SEARCHES[variant](self, delta, search, **other), path)
             self._known.add(path.name)
         return load_plan(path), f"{self._folder.name}/{path.name}"
 
-    def search(self, delta: float, **how: Any) -> Plan:
+    def search(self, delta: float, search: int, **how: Any) -> Plan:
         """Search with plans.search."""
         settings = self.settings
         how = {"prices": settings.prices, "steps": settings.steps} | how
@@ -71,26 +74,26 @@ class Planner:
             self.pipe, settings.calibration, height=settings.height,
             width=settings.width, delta=delta, block=settings.block,
             max_buckets=settings.max_buckets, guidance_scale=settings.guidance_scale,
-            max_sequence_length=settings.max_sequence_length, seed=settings.calibration_seed,
+            max_sequence_length=settings.max_sequence_length, seed=settings.search_seed(search),
             source=settings.source, revision=settings.revision,
             progress=lambda stage, at, of, _: self._progress(f"search, {stage}", at, of), **how,
         )  # fmt: skip
 
-    def layerwise(self, delta: float) -> Plan:
+    def layerwise(self, delta: float, search: int) -> Plan:
         """Search with one mode per module and step."""
         s = self.settings
         run = Denoising(
             s.calibration, s.steps, s.height, s.width, s.guidance_scale, s.max_sequence_length,
-            s.calibration_seed,
+            s.search_seed(search),
         )  # fmt: skip
         return search_layerwise(
             self.pipe, run, delta=delta, block=s.block, source=s.source, revision=s.revision
         )
 
-    def shuffled(self, delta: float) -> Plan:
+    def shuffled(self, delta: float, search: int) -> Plan:
         """Shuffle the modes of our plan at this bound over the heads of each bucket."""
-        seed = [self.settings.seed, round(1e6 * delta)]
-        return shuffle_modes(self.plan(OURS, delta)[0], seed)
+        seed = [self.settings.seed + search, round(1e6 * delta)]
+        return shuffle_modes(self.plan(OURS, delta, search=search)[0], seed)
 
 
 def shuffle_modes(plan: Plan, seed: Sequence[int]) -> Plan:
@@ -167,7 +170,7 @@ def _stacked(planner: Planner, point: Point) -> Run:
 def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[str, Any]]:
     assert point.delta is not None
     steps = None if point.steps == planner.settings.steps else point.steps
-    plan, file = planner.plan(variant, point.delta, steps)
+    plan, file = planner.plan(variant, point.delta, steps, point.search)
     return plan, {
         "buckets": len(plan.buckets),
         "plan": file,

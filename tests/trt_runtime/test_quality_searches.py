@@ -21,6 +21,8 @@ from trt_runtime.cli import parser
 from trt_runtime.cli_quality import _prices
 from trt_runtime.pipeline import load_source_pipeline
 from trt_runtime.quality import measure_quality
+from trt_runtime.quality_page import write_page
+from trt_runtime.quality_report import spread
 
 
 @pytest.fixture
@@ -87,3 +89,29 @@ def test_plans_of_fewer_steps_count_what_the_steps_save_too(pipe: Any, tmp_path:
     assert plain["attention_flops_saved"] == pytest.approx(1 - share)
     own = plan.accounting["attention_flops_saved"]
     assert own > 0 and ours["attention_flops_saved"] == pytest.approx(1 - share * (1 - own))
+
+
+def test_plans_of_a_bound_are_searched_several_times(pipe: Any, tmp_path: Path) -> None:
+    settings = base_settings(
+        deltas=(0.5,), variants=("both", "layer", "random"), fewer_steps=(), searches=2
+    )
+    report = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows)[3:] == [f"{name}, search 2" for name in list(rows)[:3]]
+    plans = {name: load_plan(tmp_path / row["plan"]) for name, row in rows.items()}
+    seeds = {name: (plan.search or {})["seed"] for name, plan in plans.items()}
+    step = len(settings.calibration)
+    for kind in ("both", "layer"):
+        first, second = f"{kind}, delta 0.5", f"{kind}, delta 0.5, search 2"
+        assert seeds[second] == seeds[first] + step
+    shuffled, ours = plans["random, delta 0.5, search 2"], plans["both, delta 0.5, search 2"]
+    assert sorted(shuffled.buckets[0].modes) == sorted(ours.buckets[0].modes)
+    told = {name: cells for name, *cells in spread(report)}
+    assert list(told) == ["both, delta 0.5", "layer, delta 0.5", "random, delta 0.5"]
+    saved = [rows[f"both, delta 0.5{end}"]["attention_flops_saved"] for end in ("", ", search 2")]
+    assert told["both, delta 0.5"][:2] == ["2", f"{50 * sum(saved):.1f} %"]
+    assert told["both, delta 0.5"][2:4] == [f"{100 * f(saved):.1f} %" for f in (min, max)]
+    write_page(report, tmp_path / "page.html")
+    assert "Plans of the same bound" in (tmp_path / "page.html").read_text()
+    once = measure_quality(pipe, replace(settings, searches=1), tmp_path / "once")
+    assert spread(once) == []
