@@ -185,7 +185,6 @@ def _settings_record(pipe: Any, settings: Settings, plan: Plan) -> dict[str, Any
         "seed": settings.seed,
         "seeds": settings.seeds,
         "calibration_seed": settings.calibration_seed,
-        "searches": settings.searches,
         "device": device_name(str(pipe.device)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

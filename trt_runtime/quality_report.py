@@ -115,15 +115,8 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 SPREAD = (
-    "plans",
-    "searches",
-    "attention saved",
-    "least",
-    "most",
-    "change, points",
-    "worst",
-    "best",
-)
+    "plans", "searches", "attention saved", "least", "most", "change, points", "worst", "best",
+)  # fmt: skip
 
 
 def spread(report: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -120,10 +120,9 @@ class Settings:
     seeds: pictures of a caption; the second noise of all captions follows the first. calibration:
     the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
     step counts of the variant "steps"; none: FEWER_STEPS of `steps`. searches: of each plan found
-    by a bound, each with noise of its own. thresholds: of the peers;
-    stacked_delta: of the plan that runs with one, or with fewer steps; none: the middle one of
-    deltas. prices: of calls of `batch` pictures; the searches that save attention FLOPs then save
-    milliseconds.
+    by a bound, each with noise of its own. thresholds: of the peers; stacked_delta: of the plan
+    that runs with one, or with fewer steps; none: the middle one of deltas. prices: of calls of
+    `batch` pictures; the searches that save attention FLOPs then save milliseconds.
     """
 
     captions: tuple[str, ...]
@@ -196,8 +195,9 @@ class Point:
     search: int = 0
 
     @property
-    def key(self) -> tuple[str, int, float | None, float | None, int]:
-        return (self.variant, self.steps, self.delta, self.threshold, self.search)
+    def key(self) -> tuple[str | float | None, ...]:
+        again = (self.search,) if self.search else ()
+        return (self.variant, self.steps, self.delta, self.threshold, *again)
 
     @property
     def name(self) -> str:

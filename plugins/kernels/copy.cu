@@ -76,13 +76,9 @@ bool only_copies(const AttentionParams& params) {
 
 cudaError_t launch_copies(const AttentionParams& params, cudaStream_t stream) {
   CopyParams kernel{};
-  const auto set = [](TensorView (&views)[2], const SegmentViews& segments) {
-    views[0] = segments.text;
-    views[1] = segments.image;
-  };
-  set(kernel.cache, params.cache);
-  set(kernel.out, params.out);
-  set(kernel.second, params.second);
+  copy_views(kernel.cache, params.cache);
+  copy_views(kernel.out, params.out);
+  copy_views(kernel.second, params.second);
   kernel.tokens[0] = params.out.text.data != nullptr ? params.text_tokens : 0;
   kernel.tokens[1] = params.image_tokens;
   for (int i = 0; i < 2; ++i) kernel.chunks[i] = ceil_div(kernel.tokens[i], kTokens);

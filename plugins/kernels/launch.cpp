@@ -124,16 +124,12 @@ cudaError_t launch_sm90(const AttentionParams& params, bool wide, int multiproce
 cudaError_t launch_mma(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
   mma::Params kernel{};
   kernel.problem = make_problem(params, mma::kTileQ, mma::kCopyRows);
-  const auto set = [](TensorView (&views)[2], const SegmentViews& segments) {
-    views[0] = segments.text;
-    views[1] = segments.image;
-  };
-  set(kernel.q, params.q);
-  set(kernel.k, params.k);
-  set(kernel.v, params.v);
-  set(kernel.out, params.out);
-  set(kernel.second, params.second);
-  set(kernel.cache, params.cache);
+  copy_views(kernel.q, params.q);
+  copy_views(kernel.k, params.k);
+  copy_views(kernel.v, params.v);
+  copy_views(kernel.out, params.out);
+  copy_views(kernel.second, params.second);
+  copy_views(kernel.cache, params.cache);
   const bool half = params.element == Element::kFloat16;
   if (params.head_dim == 64) {
     const auto launch = half ? mma::launch<__half, 64> : mma::launch<__nv_bfloat16, 64>;

@@ -25,6 +25,12 @@ struct SegmentViews {
   TensorView image;
 };
 
+/// The same, indexed by Segment, as kernels take them.
+inline void copy_views(TensorView (&views)[2], const SegmentViews& segments) {
+  views[static_cast<int>(Segment::kText)] = segments.text;
+  views[static_cast<int>(Segment::kImage)] = segments.image;
+}
+
 /// Which kernel runs; kAuto asks the device, and copies where all heads are cached. The others are
 /// for tests and measurements.
 enum class Kernel : std::int32_t { kAuto = 0, kSm90 = 1, kSm90Wide = 2, kMmaSync = 3 };

@@ -46,7 +46,7 @@ namespace arrowhead::sm90 {
                  "r"(first ? 0 : 1))
 
 // A in registers; B in shared memory with its N axis contiguous (V as it lies in memory).
-#define ARROWHEAD_WGMMA_RS_N(shape, type, numbers, a, b, operands, p, desc_b)                \
+#define ARROWHEAD_WGMMA_RS_N(shape, type, numbers, a, b, operands, p, desc_b)              \
   asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" numbers    \
                "}, {" a "}, " b ", 1, 1, 1, 1;\n"                                          \
                : operands                                                                  \
@@ -70,17 +70,17 @@ struct Wgmma;
     }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[32], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
-      ARROWHEAD_WGMMA_RS_N("m64n64k16", type, ARROWHEAD_N32, "%32, %33, %34, %35", "%36",       \
+      ARROWHEAD_WGMMA_RS_N("m64n64k16", type, ARROWHEAD_N32, "%32, %33, %34, %35", "%36",     \
                          ARROWHEAD_F32(o), p, v);                                             \
     }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[36], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
-      ARROWHEAD_WGMMA_RS_N("m64n72k16", type, ARROWHEAD_N36, "%36, %37, %38, %39", "%40",       \
+      ARROWHEAD_WGMMA_RS_N("m64n72k16", type, ARROWHEAD_N36, "%36, %37, %38, %39", "%40",     \
                          ARROWHEAD_F36(o), p, v);                                             \
     }                                                                                         \
     static __device__ __forceinline__ void p_v(float (&o)[64], const std::uint32_t* p,        \
                                                std::uint64_t v) {                             \
-      ARROWHEAD_WGMMA_RS_N("m64n128k16", type, ARROWHEAD_N64, "%64, %65, %66, %67", "%68",      \
+      ARROWHEAD_WGMMA_RS_N("m64n128k16", type, ARROWHEAD_N64, "%64, %65, %66, %67", "%68",    \
                          ARROWHEAD_F64(o), p, v);                                             \
     }                                                                                         \
   }

@@ -25,7 +25,7 @@ from trt_runtime.onnxruntime_engine import (
     SharedWeights,
     runtime,
 )
-from trt_runtime.onnxruntime_operators import find_operators
+from trt_runtime.onnxruntime_operators import VARIABLE, find_operators
 from trt_runtime.parity import compare_graphs
 from trt_runtime.pipeline import generate
 
@@ -46,9 +46,8 @@ from tests.trt_runtime.onnxruntime_runs import (  # noqa: E402
 )
 from tests.trt_runtime.test_onnxruntime_engine import ROWS, WIDTH, write_graph  # noqa: E402
 
-# Mean relative error of the final latents. Sums in another order differ in the last bit, and that
-# weighs eight times as much in bf16; measured on tiny-sd3: 0.006 and 0.054.
-TOLERANCE = {"fp16": 0.01, "bf16": 0.08}
+# Mean relative error of the final latents: that of the compiled backend in bf16, less in fp16.
+TOLERANCE = {"fp16": 0.02, "bf16": 0.05}
 CAPTIONS, AT_ONCE = 64, 8
 MB = 2**20
 
@@ -59,8 +58,8 @@ def _provider() -> Iterator[None]:
     if cuda.PROVIDER not in runtime().get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
     with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get("ARROWHEAD_ORT_LIBRARY"):
-            patch.delenv("ARROWHEAD_ORT_LIBRARY", raising=False)
+        if not os.environ.get(VARIABLE):
+            patch.delenv(VARIABLE, raising=False)
         yield
 
 
@@ -124,7 +123,7 @@ def test_pictures_are_those_of_pytorch(drawn: Any) -> None:
 
 def test_function_bodies_draw_them_too(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, bundle, pipe = drawn
-    monkeypatch.setenv("ARROWHEAD_ORT_LIBRARY", "")
+    monkeypatch.setenv(VARIABLE, "")
     assert beside_torch(bundle, pipe, held_out_captions(AT_ONCE), "cuda").error < TOLERANCE[dtype]
 
 
