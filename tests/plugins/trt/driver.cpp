@@ -1,12 +1,14 @@
 // Drives a plugin through IPluginV3 as TensorRT does, without TensorRT: made for the build phase,
 // configured, written as an engine's fields, made again from those, attached to two contexts, and
 // run: alone, on two streams at once, and from a captured CUDA graph.
-// Usage: arrowhead_trt_driver LIBRARY CASE... [--no-launch | --host]
+// Usage: arrowhead_trt_driver LIBRARY CASE... [--no-launch | --host | --rounds N]
 // Writes CASE/out.bin. Without a GPU there are two ways: --no-launch asks for the launch, which has
 // to fail because there is no device and for no other reason; --host is for
-// libarrowhead_trt_host.so, which computes on the host.
+// libarrowhead_trt_host.so, which computes on the host. --rounds is how often the two streams are
+// given work at once: 50, or fewer under a tool that runs kernels one after another anyway.
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "driver_case.h"
@@ -162,7 +164,7 @@ void replay(Context& context, const std::string& expected) {
   cuda(cudaGraphDestroy(graph));
 }
 
-std::string launch(Plugin& engine, const Case& one, std::size_t workspace_bytes) {
+std::string launch(Plugin& engine, const Case& one, std::size_t workspace_bytes, int rounds) {
   std::vector<std::unique_ptr<Buffer>> buffers;
   for (const std::string& data : one.data) buffers.push_back(std::make_unique<Buffer>(data));
   Context first(one, engine.runtime->attachToContext(nullptr), workspace_bytes, buffers);
@@ -172,9 +174,8 @@ std::string launch(Plugin& engine, const Case& one, std::size_t workspace_bytes)
   CHECK(first.enqueue() == 0);
   const std::string expected = first.result();
 
-  constexpr int kRounds = 50;  // long enough for the streams to overlap
   first.output.poison();
-  for (int i = 0; i < kRounds; ++i) {
+  for (int i = 0; i < rounds; ++i) {
     CHECK(first.enqueue() == 0);
     CHECK(second.enqueue() == 0);
   }
@@ -224,7 +225,31 @@ std::string on_host(Plugin& engine, const Case& one) {
 
 enum class Mode { kLaunch, kNoLaunch, kHost };
 
-void drive(const Plugins& plugins, const std::string& folder, Mode mode) {
+struct Options {
+  Mode mode = Mode::kLaunch;
+  int rounds = 50;  // long enough for the streams to overlap
+};
+
+/// Takes the options off the end of the command line.
+Options take_options(std::vector<std::string>& words) {
+  Options options;
+  const auto ends_with = [&](std::size_t back, const char* word) {
+    return words.size() >= back && words[words.size() - back] == word;
+  };
+  if (ends_with(1, "--host")) options.mode = Mode::kHost;
+  if (ends_with(1, "--no-launch")) options.mode = Mode::kNoLaunch;
+  if (options.mode != Mode::kLaunch) words.pop_back();
+  if (ends_with(2, "--rounds")) {
+    options.rounds = std::atoi(words.back().c_str());
+    words.resize(words.size() - 2);
+  }
+  if (words.size() < 2 || options.rounds < 1) {
+    stop("usage: arrowhead_trt_driver LIBRARY CASE... [--no-launch | --host | --rounds N]");
+  }
+  return options;
+}
+
+void drive(const Plugins& plugins, const std::string& folder, const Options& options) {
   Case one(folder);
   nvinfer1::IPluginCreatorV3One& creator =
       *(one.cached ? plugins.cached_head : plugins.arrow_attention);
@@ -235,11 +260,12 @@ void drive(const Plugins& plugins, const std::string& folder, Mode mode) {
   Plugin engine(
       through_an_engine(creator, std::unique_ptr<nvinfer1::IPluginV3>(built.owner->clone())));
   CHECK(engine);
-  if (mode == Mode::kNoLaunch) {
+  if (options.mode == Mode::kNoLaunch) {
     no_launch(engine, one);
   } else {
-    const std::string out =
-        mode == Mode::kHost ? on_host(engine, one) : launch(engine, one, workspace_bytes);
+    const std::string out = options.mode == Mode::kHost
+                                ? on_host(engine, one)
+                                : launch(engine, one, workspace_bytes, options.rounds);
     std::ofstream(folder + "/out.bin", std::ios::binary).write(out.data(), out.size());
   }
   const std::string left = log_.take();
@@ -251,18 +277,11 @@ void drive(const Plugins& plugins, const std::string& folder, Mode mode) {
 
 int main(int count, char** arguments) {
   std::vector<std::string> words(arguments + 1, arguments + count);
-  Mode mode = Mode::kLaunch;
-  const std::string last = words.empty() ? "" : words.back();
-  if (last == "--host") mode = Mode::kHost;
-  if (last == "--no-launch") mode = Mode::kNoLaunch;
-  if (mode != Mode::kLaunch) words.pop_back();
-  if (words.size() < 2) {
-    stop("usage: arrowhead_trt_driver LIBRARY CASE... [--no-launch | --host]");
-  }
+  const Options options = take_options(words);
   const Plugins plugins(words[0].c_str(), &finder);
   for (std::size_t i = 1; i < words.size(); ++i) {
     const int before = failures;
-    drive(plugins, words[i], mode);
+    drive(plugins, words[i], options);
     std::printf("%s: %d failures\n", words[i].c_str(), failures - before);
   }
   return failures != 0;
