@@ -30,10 +30,11 @@ ARROWHEAD_API long long arrowhead_kept_pairs(arrowhead::TokenLayout layout, int 
    Returns their number; -1 if they are more than `capacity`. */
 ARROWHEAD_API int arrowhead_kv_list(arrowhead::TokenLayout layout, int segment, int row_begin,
                                     int row_end, int mode, int tile_k, int* out, int capacity);
-/* How rows own_begin .. own_end - 1 walk the list of a query tile: run, skip, run, skip. */
-ARROWHEAD_API void arrowhead_visit(arrowhead::TokenLayout layout, int segment, int row_begin,
-                                   int row_end, int own_begin, int own_end, int mode, int tile_k,
-                                   int* out);
+/* How rows own_begin .. own_end - 1 walk the list of a query tile: run, skip, run, skip; then
+   whether each of their own tiles is masked. Returns the number of these, or -1 beyond capacity. */
+ARROWHEAD_API int arrowhead_walk(arrowhead::TokenLayout layout, int segment, int row_begin,
+                                 int row_end, int own_begin, int own_end, int mode, int tile_k,
+                                 int* out, int capacity);
 /* The keys of a segment that one row sees: first and one past the last. */
 ARROWHEAD_API void arrowhead_visible_keys(arrowhead::TokenLayout layout, int row_segment,
                                           int key_segment, int row, int mode, int* range);

@@ -35,18 +35,20 @@ int arrowhead_kv_list(TokenLayout layout, int segment, int row_begin, int row_en
   return list.size();
 }
 
-void arrowhead_visit(TokenLayout layout, int segment, int row_begin, int row_end, int own_begin,
-                     int own_end, int mode, int tile_k, int* out) {
+int arrowhead_walk(TokenLayout layout, int segment, int row_begin, int row_end, int own_begin,
+                   int own_end, int mode, int tile_k, int* out, int capacity) {
   mode = arrowhead::effective_mode(layout, mode);
-  const auto whole = arrowhead::kv_list(layout, static_cast<Segment>(segment),
-                                        {row_begin, row_end}, mode, tile_k);
-  const auto own = arrowhead::kv_list(layout, static_cast<Segment>(segment), {own_begin, own_end},
-                                      mode, tile_k);
-  const auto visit = arrowhead::visit_of(whole, own);
-  out[0] = visit.run[0];
-  out[1] = visit.skip[0];
-  out[2] = visit.run[1];
-  out[3] = visit.skip[1];
+  const auto list = [&](int begin, int end) {
+    return arrowhead::kv_list(layout, static_cast<Segment>(segment), {begin, end}, mode, tile_k);
+  };
+  const auto walk = arrowhead::walk_of(list(row_begin, row_end), list(own_begin, own_end));
+  if (walk.size() > capacity) return -1;
+  for (int part = 0; part < 2; ++part) {
+    *out++ = walk.visit.run[part];
+    *out++ = walk.visit.skip[part];
+  }
+  for (int i = 0; i < walk.size(); ++i) *out++ = walk.is_masked(i);
+  return walk.size();
 }
 
 void arrowhead_visible_keys(TokenLayout layout, int row_segment, int key_segment, int row,

@@ -1,9 +1,11 @@
-// ArrowAttention on Hopper: one producer warpgroup, two or three consumers, persistent CTAs.
+// ArrowAttention on Hopper: a warpgroup of one producer and one planner, two or three consumers,
+// persistent CTAs.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include "sm90_consumer.cuh"
+#include "sm90_planner.cuh"
 #include "sm90_producer.cuh"
 
 namespace arrowhead::sm90 {
@@ -12,8 +14,10 @@ template <class C>
 __device__ __forceinline__ void init_barriers(SharedStorage<C>& shared) {
   const int consumer_warps = 4 * C::kGroups;
   for (int group = 0; group < C::kGroups; ++group) {
-    barrier_init(shared.q_full[group], 1);
-    barrier_init(shared.q_empty[group], 4);
+    for (int slot = 0; slot < 2; ++slot) {
+      barrier_init(shared.q_full[slot][group], 1);
+      barrier_init(shared.q_empty[slot][group], 1);
+    }
   }
   for (int stage = 0; stage < C::kStages; ++stage) {
     barrier_init(shared.k_full[stage], 1);
@@ -23,8 +27,9 @@ __device__ __forceinline__ void init_barriers(SharedStorage<C>& shared) {
   }
   for (int slot = 0; slot < kWorkSlots; ++slot) {
     barrier_init(shared.work_full[slot], 1);
-    barrier_init(shared.work_empty[slot], consumer_warps);
+    barrier_init(shared.work_empty[slot], consumer_warps + 1);  // and the producer
   }
+  barrier_init(shared.ticket_wanted, 1);
   fence_barrier_init();
 }
 
@@ -48,6 +53,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup == 0) {
     release_registers_to<C::kTuning.producer_registers>();
     if (threadIdx.x == 0) Producer<C>(params, shared).run();
+    if (threadIdx.x == 32) Planner<C>(params, shared).run();
   } else {
     claim_registers_to<C::kTuning.consumer_registers>();
     Consumer<C>(params, shared, warpgroup - 1).run();

@@ -14,7 +14,7 @@ struct Tuning {
   int groups;              // consumer warpgroups, 64 query rows each
   int tile_k;              // keys a tile
   int stages;              // tiles of K, and of V, in flight
-  int producer_registers;
+  int producer_registers;  // of the planner, too
   int consumer_registers;
 };
 
@@ -39,7 +39,7 @@ struct Config {
   static constexpr int kTileK = kTuning.tile_k;
   static constexpr int kStages = kTuning.stages;
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
-  static constexpr int kThreads = 128 * (kGroups + 1);  // warpgroup 0 is the producer
+  static constexpr int kThreads = 128 * (kGroups + 1);  // warpgroup 0: producer, planner
   static constexpr int kGroupBytes = 64 * kHeadDim * 2;    // one group's rows of Q or O
   static constexpr int kKvBytes = kTileK * kHeadDim * 2;
   static constexpr int kScores = kTileK / 2;  // accumulator registers of a thread
@@ -55,6 +55,10 @@ struct Config {
   static_assert(kTileK == 128, "the Q K instruction is written for 128 keys");
   static_assert(kTileK >= 2 * 64, "a copy moves two boxes of 64 rows through one K buffer");
 };
+
+/// Tiles before an item's end at which the next ticket is taken: sooner than its queries take to
+/// arrive, late enough for tickets to go to whoever is free.
+constexpr int kTilesAhead = 4;
 
 /// Rows of a cached head that one ticket copies: enough to pay for the ticket, few enough to fill
 /// gaps evenly.

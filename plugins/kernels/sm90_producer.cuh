@@ -1,4 +1,4 @@
-// The producer: one thread that takes tickets, tells the consumers, and keeps the copy engine busy.
+// The producer: one thread that keeps the copy engine busy with keys, values and cached rows.
 #pragma once
 
 #include "sm90_shared.cuh"
@@ -11,94 +11,57 @@ struct Producer {
   SharedStorage<C>& shared;
   RingPosition<C::kStages> k_at;
   RingPosition<C::kStages> v_at;
-  RingPosition<1> q_at;
-  RingPosition<kWorkSlots> work_at{~0u};  // advanced before each use
+  RingPosition<kWorkSlots> work_at;
 
   __device__ Producer(const Params& params, SharedStorage<C>& shared)
       : params(params), shared(shared) {}
 
   __device__ __forceinline__ void run() {
-    int ticket = blockIdx.x;
-    while (ticket < shared.table.total) {
-      tell(ticket);
-      ticket = item().kind == WorkItem::kCopy ? load_copy() : load_attention();
+    while (true) {
+      barrier_wait(shared.work_full[work_at.slot()], work_at.parity());
+      if (item().kind == WorkItem::kStop) break;
+      if (item().kind == WorkItem::kCopy) {
+        load_copy();
+      } else {
+        load_attention();
+      }
+      barrier_arrive(shared.work_empty[work_at.slot()]);
+      work_at.advance();
     }
-    tell(ticket);
-  }
-
-  /// Decode a ticket for the consumers, and for the loads below; past the last one it says stop.
-  __device__ __forceinline__ void tell(int ticket) {
-    work_at.advance();
-    barrier_wait(shared.work_empty[work_at.slot()], work_at.parity() ^ 1);
-    WorkItem& item = shared.work[work_at.slot()];
-    item.kind = WorkItem::kStop;
-    if (ticket < shared.table.total) {
-      const Work work = params.problem.find(shared.table, ticket);
-      const HeadTask task = params.problem.task(work.head);
-      const bool copy = task.mode == kCached;
-      item = {copy ? WorkItem::kCopy : WorkItem::kAttend, work.head, task.source, task.second,
-              work.batch, static_cast<int>(work.segment),
-              work.tile * (copy ? kCopyRows : C::kTileQ), task.mode};
-    }
-    barrier_arrive(shared.work_full[work_at.slot()]);  // releases the writes above
   }
 
   /// Read where it is needed, not kept: the producer has few registers.
   __device__ __forceinline__ const WorkItem& item() const { return shared.work[work_at.slot()]; }
 
-  /// K runs one tile ahead of V, as the consumers use them. Returns the next ticket, taken before
-  /// the last load so that the counter's latency hides behind the wait for a free buffer.
-  __device__ __forceinline__ int load_attention() {
-    const KvList list =
-        kv_list(params.problem.layout, static_cast<Segment>(item().segment),
-                {item().token, item().token + C::kTileQ}, item().mode, C::kTileK);
+  /// K runs one tile ahead of V, as the consumers use them.
+  __device__ __forceinline__ void load_attention() {
+    const KvList list = shared.ways[work_at.slot()].list;
     const int tiles = list.size();
-    load_k(list, 0);
-    load_q();
+    const int asks_at = max_of(tiles - kTilesAhead, 0);
 #pragma unroll 1
-    for (int i = 1; i < tiles; ++i) {
-      load_k(list, i);
-      load_v(list, i - 1);
+    for (int i = 0; i < tiles; ++i) {
+      if (i == asks_at) barrier_arrive(shared.ticket_wanted);
+      load(shared.k, shared.k_full, shared.k_empty, k_at, params.k, list, i);
+      if (i > 0) load(shared.v, shared.v_full, shared.v_empty, v_at, params.v, list, i - 1);
     }
-    const int ticket = next_ticket(params.problem);
-    load_v(list, tiles - 1);
-    return ticket;
+    load(shared.v, shared.v_full, shared.v_empty, v_at, params.v, list, tiles - 1);
   }
 
-  __device__ __forceinline__ void load_q() {
-#pragma unroll
-    for (int group = 0; group < C::kGroups; ++group) {
-      barrier_wait(shared.q_empty[group], q_at.parity() ^ 1);
-      load(shared.q[group], params.q[item().segment], item().token + 64 * group,
-           shared.q_full[group], C::kGroupBytes);
-    }
-    q_at.advance();
-  }
-
-  __device__ __forceinline__ void load_k(const KvList& list, int i) {
-    barrier_wait(shared.k_empty[k_at.slot()], k_at.parity() ^ 1);
-    load(shared.k[k_at.slot()], params.k[static_cast<int>(list.segment(i))],
-         list.tile(i) * C::kTileK, shared.k_full[k_at.slot()], C::kKvBytes);
-    k_at.advance();
-  }
-
-  __device__ __forceinline__ void load_v(const KvList& list, int i) {
-    barrier_wait(shared.v_empty[v_at.slot()], v_at.parity() ^ 1);
-    load(shared.v[v_at.slot()], params.v[static_cast<int>(list.segment(i))],
-         list.tile(i) * C::kTileK, shared.v_full[v_at.slot()], C::kKvBytes);
-    v_at.advance();
-  }
-
-  /// One box of the item's head. Tokens past the segment's end arrive as zeros, and are counted.
-  __device__ __forceinline__ void load(void* smem, const CUtensorMap& map, int token,
-                                       Barrier& full, int bytes) {
-    barrier_arrive_expect(full, bytes);
-    tma_load(smem, map, {token, item().source, item().batch}, full);
+  /// The list's tile i. Tokens past the segment's end arrive as zeros, and are counted.
+  __device__ __forceinline__ void load(unsigned char (&tiles)[C::kStages][C::kKvBytes],
+                                       Barrier (&full)[C::kStages], Barrier (&empty)[C::kStages],
+                                       RingPosition<C::kStages>& at, const CUtensorMap (&maps)[2],
+                                       const KvList& list, int i) {
+    barrier_wait(empty[at.slot()], at.parity() ^ 1);
+    barrier_arrive_expect(full[at.slot()], C::kKvBytes);
+    tma_load(tiles[at.slot()], maps[static_cast<int>(list.segment(i))],
+             {list.tile(i) * C::kTileK, item().source, item().batch}, full[at.slot()]);
+    at.advance();
   }
 
   /// A chunk of a cached head goes through the K buffers, two boxes of 64 rows in each.
-  __device__ __forceinline__ int load_copy() {
-    const int ticket = next_ticket(params.problem);
+  __device__ __forceinline__ void load_copy() {
+    barrier_arrive(shared.ticket_wanted);
     const Segment segment = static_cast<Segment>(item().segment);
     const CUtensorMap& map = params.cache[item().segment];
     const int end = min_of(item().token + kCopyRows, params.problem.layout.tokens(segment));
@@ -113,7 +76,6 @@ struct Producer {
       }
       k_at.advance();
     }
-    return ticket;
   }
 };
 

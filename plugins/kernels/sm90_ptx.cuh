@@ -57,6 +57,7 @@ struct RingPosition {
   std::uint32_t count = 0;
 
   __device__ __forceinline__ std::uint32_t slot() const { return count % kSlots; }
+  __device__ __forceinline__ std::uint32_t slot_before() const { return (count - 1) % kSlots; }
   __device__ __forceinline__ std::uint32_t parity() const { return count / kSlots % 2; }
   __device__ __forceinline__ void advance() { ++count; }
 };

@@ -1,4 +1,4 @@
-// The shared memory of a Hopper CTA: tiles, barriers, and what the producer tells the consumers.
+// The shared memory of a Hopper CTA: tiles, barriers, and what the planner tells.
 #pragma once
 
 #include "sm90_config.h"
@@ -7,7 +7,7 @@
 
 namespace arrowhead::sm90 {
 
-/// A ticket, decoded by the producer for the consumers.
+/// A ticket, decoded by the planner.
 struct WorkItem {
   enum Kind : int { kStop, kAttend, kCopy };
   int kind;
@@ -20,26 +20,36 @@ struct WorkItem {
   int mode;
 };
 
-constexpr int kWorkSlots = 2;  // the producer decodes one ticket ahead
+constexpr int kWorkSlots = 2;  // the planner decodes one ticket ahead
+
+/// The tiles of an item, and each group's way through them.
+template <class C>
+struct Ways {
+  KvList list;
+  Walk walk[C::kGroups];
+};
 
 template <class C>
 struct SharedStorage {
   // Swizzle patterns repeat every 1024 bytes of the address.
-  alignas(1024) unsigned char q[C::kGroups][C::kGroupBytes];
+  // An item's queries and, when these are no longer needed, its outputs; the next item's queries
+  // come meanwhile.
+  alignas(1024) unsigned char rows[2][C::kGroups][C::kGroupBytes];
   alignas(1024) unsigned char k[C::kStages][C::kKvBytes];
   alignas(1024) unsigned char v[C::kStages][C::kKvBytes];
   // After V: the descriptors' offsets to them are positive.
   alignas(1024) unsigned char ones[C::kOnes ? 16 * kSlabRowBytes : 1];
-  alignas(1024) unsigned char o[C::kGroups][C::kGroupBytes];
-  Barrier q_full[C::kGroups];
-  Barrier q_empty[C::kGroups];
+  Barrier q_full[2][C::kGroups];
+  Barrier q_empty[2][C::kGroups];
   Barrier k_full[C::kStages];
   Barrier k_empty[C::kStages];
   Barrier v_full[C::kStages];
   Barrier v_empty[C::kStages];
   Barrier work_full[kWorkSlots];
   Barrier work_empty[kWorkSlots];
+  Barrier ticket_wanted;
   WorkItem work[kWorkSlots];
+  Ways<C> ways[kWorkSlots];
   RunTable table;
   RunCosts costs;
 };

@@ -140,4 +140,22 @@ ARROWHEAD_HD constexpr Visit visit_of(const KvList& whole, const KvList& own) {
   return {{own.text_tiles, own.image.size()}, {before, after}};
 }
 
+/// A part's way through the whole tile's list. Its own tiles are counted without what it passes
+/// over; those below open[0], and from open[1] to open[2] - 1, need no mask.
+struct Walk {
+  Visit visit;
+  int open[3];
+
+  ARROWHEAD_HD constexpr int size() const { return visit.run[0] + visit.run[1]; }
+  ARROWHEAD_HD constexpr bool is_masked(int i) const {
+    return i >= open[0] && (i < open[1] || i >= open[2]);
+  }
+};
+
+ARROWHEAD_HD constexpr Walk walk_of(const KvList& whole, const KvList& own) {
+  const int image = own.text_tiles - own.image.begin;
+  return {visit_of(whole, own),
+          {own.text_open, image + own.image_open.begin, image + own.image_open.end}};
+}
+
 }  // namespace arrowhead

@@ -59,14 +59,16 @@ class KernelModel:
         first = begin + GROUP_ROWS * group
         whole = self.kv_list(segment, begin, begin + self.tile_q, mode)
         own = self.kv_list(segment, first, first + GROUP_ROWS, mode)
-        visit = (ctypes.c_int * 4)()
-        self.library.arrowhead_visit(
+        walk = (ctypes.c_int * (4 + len(own)))()
+        tiles = self.library.arrowhead_walk(
             self.layout, segment, begin, begin + self.tile_q, first, first + GROUP_ROWS, mode,
-            self.tile_k, visit,
+            self.tile_k, walk, len(own),
         )  # fmt: skip
+        assert tiles == len(own)
+        assert walk[4:] == [masked for _, _, masked in own]
         walked: list[tuple[int, ...]] = []
         position = 0
-        for step, count in enumerate(visit):
+        for step, count in enumerate(walk[:4]):
             assert count >= 0
             if step % 2 == 0:
                 expected = own[len(walked) : len(walked) + count]
