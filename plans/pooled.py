@@ -6,16 +6,21 @@ heads that save little. Where all errors draw on one sum, one price of error ser
 modules and heads: each takes the options that save more than they err at that price, and the price
 is the least at which the sum is kept. A head's caches are chosen for the whole run at once: to
 compute it at one step is what lets later steps read it.
+
+Errors of a head are told from live q, k and v, which is not all that comes of them: a head that is
+computed behind stale ones holds what it found there for as long as its own output is read. Errors
+are spent where little is computed behind them (`reach`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from plans.buckets import Choice, Judge, check_bucket_limit, joined
-from plans.estimate import Flags
+from plans.buckets import Choice, Judge, check_bucket_limit, joined, predicted_errors
+from plans.estimate import Flags, ages
 from plans.refine import all_options
 from plans.schedules import Progress, Schedule, climb, search_schedule
 from plans.tables import Floats, HeadTables, Ints
@@ -27,6 +32,7 @@ _FEW = 150  # options, all tried; else about 3 * 2 ** (K - 1)
 _LEAST = 4  # heads
 _KICKS = 4
 _BASE = 4  # buckets
+_TURNS = 8  # of choices, each with the reach of errors under the one before
 # Options that the default ones of a schedule are made with: caps so wide seldom keep one out.
 _WIDE = 6.0
 
@@ -41,18 +47,83 @@ def choose_pooled(
 ) -> Choice:
     """Choose at most max_buckets buckets and a schedule that save much within one bound.
 
-    delta: of the mean, over steps and modules, of the sum of a module's errors. With a bucket for
-    each step the choice is the best at its price, and no schedule is searched. cap_factor bounds
-    nothing here: the arguments are those of choose_buckets. Deterministic.
+    delta: of the mean, over steps and modules, of the sum of a module's errors. Where error is
+    spent is told by what comes of it (`reach`), in some turns, since that hangs on the choice. With
+    a bucket for each step no schedule is searched; with fewer it is that of the first turn.
+    cap_factor bounds nothing here: the arguments are those of choose_buckets. Deterministic.
     """
     check_bucket_limit(max_buckets)
     budget = delta * tables.steps * len(tables.heads)
     if max_buckets >= tables.steps:
-        runs = _Runs(tables)
-        modes, _ = _at_least_price(runs.cheapest, budget, runs.scale)
-        saved = runs.saved(modes)
-        codes = np.array([FULL, *tables.windows, CACHED])
-        return joined(Choice(codes[modes], tuple(range(tables.steps)), saved))
+        return joined(_settled(tables, budget, _each_step))
+    first = _scheduled(tables, delta, max_buckets, start, progress)
+
+    def choose(weighed: HeadTables, budget: float) -> Choice:
+        return _PooledJudge(weighed, delta, budget).choose(first.schedule)
+
+    return joined(_settled(tables, budget, choose))
+
+
+def _each_step(tables: HeadTables, budget: float) -> Choice:
+    """Choose each step's modes by themselves: the best at its price."""
+    runs = _Runs(tables)
+    modes, _ = _at_least_price(runs.cheapest, budget, runs.scale)
+    codes = np.array([FULL, *tables.windows, CACHED])
+    return Choice(codes[modes], tuple(range(tables.steps)), runs.saved(modes))
+
+
+def _settled(
+    tables: HeadTables, budget: float, choose: Callable[[HeadTables, float], Choice]
+) -> Choice:
+    """Choose with errors weighted by their reach under the choice before, until that settles.
+
+    The weights say where error is spent; how much in all is the bound of the errors without them.
+    """
+    found = kept = choose(tables, budget)
+    weights, room = np.ones(tables.arrow.shape[:2]), 1.0
+    for turn in range(_TURNS):
+        reached = reach(tables, found)
+        weights = np.sqrt(weights * reached) if turn else reached
+        weighed = replace(tables, weights=tables.weights * weights)
+        plain = predicted_errors(tables, found).sum()
+        share = predicted_errors(weighed, found).sum() / plain if plain else 1.0
+        found = choose(weighed, budget * room * share)
+        spent = predicted_errors(tables, found).sum()
+        if spent <= budget:
+            kept = found
+        room *= budget / spent if spent else 1.0
+    return kept
+
+
+def reach(tables: HeadTables, choice: Choice) -> Floats:
+    """Return how far an error of each step and head comes: 1 is the prediction of its own step.
+
+    Heads of later modules that are computed at the step take it up, and hold it for as many steps
+    as read their output; those that are cached do not see it. The mean over them, and over one
+    module's worth of heads for the stream that carries the error past them all: [N, R].
+    """
+    cached = choice.modes[list(choice.schedule)] == CACHED
+    steps, rows = cached.shape
+    written = np.arange(steps)[:, None] - ages(cached[None])[0]
+    served = np.zeros((steps, rows))
+    np.add.at(served, (written, np.arange(rows)), 1)
+    found = np.ones((steps, rows))
+    for first, heads in zip(tables.starts, tables.heads, strict=True):
+        later = served[:, first + heads :]
+        mean = (heads + later.sum(axis=1)) / (heads + later.shape[1])
+        found[:, first : first + heads] = mean[:, None]
+    return found
+
+
+def _scheduled(
+    tables: HeadTables,
+    delta: float,
+    max_buckets: int,
+    start: Sequence[int] | None,
+    progress: Progress | None,
+) -> Choice:
+    """Find the schedule of at most max_buckets buckets that saves most, with modes."""
+    budget = delta * tables.steps * len(tables.heads)
     whole = _PooledJudge(tables, delta, budget)
     heads = len(tables.arrow_saving)
     # Schedules are told apart by a sample of the heads, and by few options where there are many.
@@ -67,7 +138,7 @@ def choose_pooled(
         schedule = climb(judge.saving, tuple(start), max_buckets)
     else:
         if max_buckets > _BASE:  # where options are few again: more graphs begin from there
-            fewer = choose_pooled(tables, delta, cap_factor, _BASE, None, progress)
+            fewer = _scheduled(tables, delta, _BASE, None, progress)
         begun = () if fewer is None else (fewer.schedule,)
         args = (judge.saving, tables.steps, max_buckets, report, begun, _KICKS)
         schedule = search_schedule(*args)

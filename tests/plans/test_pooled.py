@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from plans.bounds import Bounds, raise_offenders
-from plans.buckets import choose_buckets, predicted_errors
-from plans.pooled import choose_pooled
+from plans.buckets import Choice, choose_buckets, predicted_errors
+from plans.pooled import _each_step, _scheduled, choose_pooled, reach
 from plans.tables import HeadTables
 from plans.tiles import CACHED, FULL
 from tests import tiny
@@ -57,9 +57,9 @@ def test_with_a_bucket_a_step_the_choice_is_on_the_convex_hull(delta: float) -> 
     Its optimum is found here by enumeration, head by head, over a fine grid of prices.
     """
     tables = tables_of()
-    choice = choose_pooled(tables, delta, 1.5, tables.steps)
-    errors = predicted_errors(tables, choice)
     budget = delta * tables.steps * len(tables.heads)
+    choice = _each_step(tables, budget)
+    errors = predicted_errors(tables, choice)
     assert errors.sum() <= budget * (1 + 1e-9)
     runs = [every_run(tables, head) for head in range(4)]
     dual = min(
@@ -86,6 +86,31 @@ def test_a_graph_a_step_saves_more_at_the_error_of_bounded_modules() -> None:
     bounded = choose_buckets(tables, 0.4, 1.5, 6)
     mean = predicted_errors(tables, bounded).sum() / (tables.steps * len(tables.heads))
     assert choose_pooled(tables, mean, 1.5, 6).saving > bounded.saving
+
+
+def test_an_error_reaches_as_far_as_outputs_computed_behind_it_are_read() -> None:
+    tables = tables_of(steps=3, heads=(1, 2))
+    modes = np.array([[FULL, FULL, FULL], [1, 1, CACHED], [2, CACHED, CACHED]])
+    found = reach(tables, Choice(modes, (0, 1, 2), 0.0))
+    # Behind the first module: at step 0 outputs read for 1 and 3 steps, at step 1 one for 2.
+    np.testing.assert_allclose(found[:, 0], [(1 + 1 + 3) / 3, (1 + 2) / 3, 1 / 3])
+    np.testing.assert_array_equal(found[:, 1:], 1)
+
+
+@pytest.mark.parametrize(("buckets", "less"), [(3, 1.0), (6, 0.97)])
+def test_less_error_is_made_where_it_reaches_far(buckets: int, less: float) -> None:
+    tables = tables_of(steps=6, heads=(4, 4, 4), seed=3)
+    budget = 0.4 * tables.steps * len(tables.heads)
+    choice = choose_pooled(tables, 0.4, 1.5, buckets)
+    errors = predicted_errors(tables, choice)
+    assert 0.8 * budget < errors.sum() <= budget * (1 + 1e-9)
+    if buckets == tables.steps:
+        plain = _each_step(tables, budget)
+    else:
+        plain = _scheduled(tables, 0.4, buckets, None, None)
+    spent = predicted_errors(tables, plain)
+    far = (errors * reach(tables, choice)).sum() / errors.sum()
+    assert far < less * (spent * reach(tables, plain)).sum() / spent.sum()
 
 
 def test_pooled_bounds_hold_the_mean_alone_and_raise_the_largest_errors() -> None:
