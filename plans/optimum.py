@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plans.buckets import choose_buckets
-from plans.pooled import choose_pooled
+from plans.pooled import choose_pooled, most_saved
 from plans.tables import FIRST_STEPS, Floats, HeadTables, Ints
 
 _SWEEPS = 4  # over the heads of a module
@@ -77,11 +77,11 @@ def compare_buckets(
     counts: Sequence[int],
     first_steps: Sequence[str] = FIRST_STEPS,
     progress: Callable[[str, int, int], None] | None = None,
-    method: str = "joint",
+    method: str = "pooled",
 ) -> dict[str, Any]:
     """Choose for every number of buckets, under each rule for the first step: a curve each.
 
-    method: "joint", delta bounds every step and module; "pooled", their mean.
+    method: "pooled", delta bounds the mean over steps and modules; "joint", each of them.
 
     Saved are shares of what caches at every step would save, predicted by the tables. "bound" is
     the share that a graph for each step could save at most under the same rule, and "loss" the part
@@ -114,8 +114,9 @@ def _curve(
     choose = choose_pooled if pooled else choose_buckets
     most = np.concatenate([tables.arrow_saving, tables.cached_saving[:, None]], axis=1).max(axis=1)
     dense = tables.steps * float(most.sum()) or 1.0
-    if pooled:  # a graph for each step is then found, not bracketed
-        reached = bound = choose(tables, delta, cap_factor, tables.steps).saving / dense
+    if pooled:
+        reached = choose(tables, delta, cap_factor, tables.steps).saving / dense
+        bound = most_saved(tables, delta) / dense
     else:
         reached, bound = (saving / dense for saving in per_step(tables, delta, cap_factor))
     rows: list[dict[str, Any]] = []

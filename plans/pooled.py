@@ -64,6 +64,24 @@ def choose_pooled(
     return joined(_settled(tables, budget, choose))
 
 
+def most_saved(tables: HeadTables, delta: float) -> float:
+    """Return what no choice within the bound exceeds, with a bucket for each step.
+
+    At any price, what is saved less what errors cost is at most what the cheapest modes make of it;
+    the budget at that price added, it bounds what is saved (Lagrange's dual).
+    """
+    runs, budget = _Runs(tables), delta * tables.steps * len(tables.heads)
+    bounds = []
+
+    def cheapest(price: float) -> tuple[Ints, float]:
+        modes, errors = runs.cheapest(price)
+        bounds.append(runs.saved(modes) + price * (budget - errors))
+        return modes, errors
+
+    _at_least_price(cheapest, budget, runs.scale)
+    return min(bounds)
+
+
 def _each_step(tables: HeadTables, budget: float) -> Choice:
     """Choose each step's modes by themselves: the best at its price."""
     runs = _Runs(tables)

@@ -46,7 +46,7 @@ def search_plan(
     divisors: Sequence[int] = DIVISORS,
     candidates: Sequence[str] = CANDIDATES,
     block: int = 128,
-    method: str = "joint",
+    method: str = POOLED,
     max_buckets: int = 4,
     first_step: str = "full",
     guidance_scale: float,
@@ -65,13 +65,13 @@ def search_plan(
 ) -> Plan:
     """Search a plan for a StableDiffusion3Pipeline or FluxPipeline at one size and step count.
 
-    delta bounds the sum over heads of relative squared errors in each (step, module), and
-    cap_factor * delta / H each head's. method: "joint" chooses at most max_buckets buckets, their
-    modes and the schedule together (plans.buckets), or, where each step may have its own, does as
-    "progressive", DiTFastAttnV2's way step by step; "pooled" bounds only the mean of those sums
-    over steps and modules (plans.pooled). first_step: "arrow" lets heads of step 0 be arrows;
-    on_mismatch="dense" then has no graph to run. wanted: how much is run. prices: maximise
-    milliseconds saved, not query/key pairs. error_weights: see plans.importance.
+    delta bounds the mean, over steps and modules, of the sum over heads of relative squared errors;
+    at most max_buckets buckets, their modes and the schedule are chosen together (plans.pooled).
+    method: "joint" bounds each of those sums instead, and each head's error by
+    cap_factor * delta / H (plans.buckets), or, where each step may have its own bucket, does as
+    "progressive": DiTFastAttnV2's way, step by step. first_step: "arrow" lets heads of step 0
+    be arrows; on_mismatch="dense" then has no graph to run. wanted: how much is run. prices:
+    maximise milliseconds saved, not query/key pairs. error_weights: see plans.importance.
     scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
     keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
     """

@@ -94,14 +94,15 @@ def add_search(actions: Verbs, run: Callable[[argparse.Namespace], int]) -> None
     )
     parser.add_argument(
         "--method",
-        choices=("joint", "progressive", "pooled"),
-        default="joint",
-        help="joint (default): at most --max-buckets graphs, chosen together with their schedule; "
-        "progressive: DiTFastAttnV2's own search, step by step, a graph for each step; pooled: as "
-        "joint, with --delta the mean over all steps and modules, not the bound of each",
+        choices=("pooled", "joint", "progressive"),
+        default="pooled",
+        help="pooled (default): at most --max-buckets graphs, chosen together with their schedule, "
+        "with --delta the bound of the errors' mean over all steps and modules; joint: as pooled, "
+        "with --delta the bound of each; progressive: DiTFastAttnV2's own search, step by step, a "
+        "graph for each step",
     )
     add_error_weights(parser)
-    graphs = "graphs of the joint search at most (default 4)"
+    graphs = "graphs at most, but for progressive (default 4)"
     parser.add_argument("--max-buckets", type=int, default=4, metavar="K", help=graphs)
     parser.add_argument(
         "--first-step",
@@ -121,14 +122,14 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.2,
         metavar="X",
-        help="bound on the error of each step and module (default 0.2): more saves more",
+        help="bound on the errors, see --method (default 0.2): more saves more",
     )
     parser.add_argument(
         "--cap-factor",
         type=float,
         default=1.5,
         metavar="C",
-        help="a head may err by C * delta / heads (default 1.5)",
+        help="not pooled, a head may err by C * delta / heads (default 1.5)",
     )
 
 
@@ -270,9 +271,9 @@ def add_buckets(actions: Verbs) -> None:
     _add_bounds(parser)
     parser.add_argument(
         "--method",
-        choices=("joint", "pooled"),
-        default="joint",
-        help="what --delta bounds, as in `plan search` (default joint)",
+        choices=("pooled", "joint"),
+        default="pooled",
+        help="what --delta bounds, as in `plan search` (default pooled)",
     )
     parser.add_argument(
         "--max-buckets",

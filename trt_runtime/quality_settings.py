@@ -26,11 +26,12 @@ class Variant(NamedTuple):
 
 
 OURS, STACKED, FEWER = "both", "stacked", "fewer"
-OWN = (OURS, "pooled", "pooled-gradient", FEWER, STACKED)  # what rivals are compared with
+OWN = (OURS, "gradient", FEWER, STACKED)  # what rivals are compared with
 VARIANTS = {
     OURS: Variant(
         DELTA, "arrow and cache", "#1f3a5f", "o",
-        "Modes of every head, buckets and schedule chosen together under the bound delta.",
+        "Modes of every head, buckets and schedule chosen together; delta bounds the mean of the "
+        "errors over all steps and modules: one price of error for the whole run.",
     ),
     "arrow": Variant(
         DELTA, "arrow only", "#2a8c82", "^", "The same search without cached heads."
@@ -56,14 +57,9 @@ VARIANTS = {
         "The search of `both` with errors weighted by how much the prediction moves with the "
         "head's output: one backward pass a step.",
     ),
-    "pooled": Variant(
-        DELTA, "one bound for the run", "#e07a1f", ">",
-        "The search of `both` with delta as the bound of the errors' mean over all steps and "
-        "modules, not of each: one price of error for the whole run.",
-    ),
-    "pooled-gradient": Variant(
-        DELTA, "one bound, gradients", "#14a098", "H",
-        "The search of `pooled` with the weights of `gradient`.",
+    "joint": Variant(
+        DELTA, "a bound each", "#e07a1f", ">",
+        "The search of `both` with delta as the bound of each step and module, not of their mean.",
     ),
     "paper": Variant(
         DELTA, "published rule", "#b23a48", "D",
@@ -87,8 +83,8 @@ VARIANTS = {
     ),
     FEWER: Variant(
         STEPS, "plan and fewer steps", "#c2185b", "8",
-        "The search of `pooled` at one delta and a smaller step count: the plan's steps are those "
-        "of fewer steps, and save attention besides.",
+        "The search of `both` at one delta and a smaller step count: the plan's steps are those of "
+        "fewer steps, and save attention besides.",
     ),
     "first-block-cache": Variant(
         THRESHOLD, "FirstBlockCache", "#3d7dca", "<",

@@ -123,8 +123,7 @@ _SEARCHES: dict[str, Callable[..., Plan]] = {
     "stream": partial(Planner.search, error_weights="stream"),
     "stream-dt": partial(Planner.search, error_weights="stream-dt"),
     "gradient": partial(Planner.search, error_weights="gradient"),
-    "pooled": partial(Planner.search, method="pooled"),
-    "pooled-gradient": partial(Planner.search, method="pooled", error_weights="gradient"),
+    "joint": partial(Planner.search, method="joint"),
     "paper": partial(Planner.search, method="progressive", prices=None),
     "layer": Planner.layerwise,
     "random": Planner.shuffled,
@@ -182,7 +181,7 @@ def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[s
 
 _RUNS: dict[str, Callable[[Planner, Point], Run]] = {
     "steps": _fewer_steps,
-    FEWER: partial(_follow, search="pooled"),
+    FEWER: partial(_follow, search=OURS),
     "first-block-cache": partial(_peer, first_block_cache),
     "dbcache": partial(_peer, dbcache),
     "stacked": _stacked,

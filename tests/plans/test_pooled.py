@@ -9,7 +9,7 @@ import pytest
 
 from plans.bounds import Bounds, raise_offenders
 from plans.buckets import Choice, choose_buckets, predicted_errors
-from plans.pooled import _each_step, _scheduled, choose_pooled, reach
+from plans.pooled import _each_step, _scheduled, choose_pooled, most_saved, reach
 from plans.tables import HeadTables
 from plans.tiles import CACHED, FULL
 from tests import tiny
@@ -69,6 +69,10 @@ def test_with_a_bucket_a_step_the_choice_is_on_the_convex_hull(delta: float) -> 
     step = max(s for own in runs for s, _ in own)
     assert dual - step <= choice.saving <= dual + 1e-9
     assert choice.saving > 0
+    most = most_saved(tables, delta)
+    assert most == pytest.approx(dual, rel=1e-4)
+    for buckets in (2, 3, tables.steps):
+        assert choose_pooled(tables, delta, 1.5, buckets).saving <= most + 1e-9
 
 
 @pytest.mark.parametrize("buckets", [2, 3])
