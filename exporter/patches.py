@@ -1,7 +1,11 @@
-"""The patch embedding as the matrix product it is, and transposes in place of Einsum.
+"""The patch embedding as the product it is, transposes in place of Einsum, SiLU in fp32.
 
 bf16 has neither Conv nor Einsum in the graphs' opset, so that no bf16 graph with them loads; and
 without a convolution ONNX Runtime's CUDA provider needs no cuDNN.
+
+PyTorch computes x * sigmoid(x) in fp32 and rounds once. ONNX Runtime's CUDA provider rounds within
+its Sigmoid, and takes 1 - sigmoid(-x) of negative x, of which 16 bits leave little. In bf16 the
+embedding of the timestep, which modulates every token, then costs as much as all other rounding.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ import torch
 
 
 def simplify(graph: ir.Graph) -> None:
-    """Rewrite every convolution of patches, and every Einsum that only permutes axes."""
+    """Rewrite convolutions of patches, every Einsum that only permutes axes, and 16-bit SiLU."""
     for node in list(graph):
         if node.op_type == "Einsum" and not node.domain:
             _permutation(graph, node)
         elif node.op_type == "Conv" and not node.domain:
             _patches(graph, node)
+        elif node.op_type == "Mul" and not node.domain:
+            _silu(graph, node)
 
 
 def _permutation(graph: ir.Graph, node: ir.Node) -> None:
@@ -66,6 +72,27 @@ def _patches(graph: ir.Graph, node: ir.Node) -> None:
     then("Reshape", _shape(graph, [-1, rows, columns, out_channels]))
     then("Transpose", perm=[0, 3, 1, 2])
     _replace(graph, node, nodes)
+
+
+def _silu(graph: ir.Graph, node: ir.Node) -> None:
+    """x * sigmoid(x) of 16 bits: both in fp32, and rounded once."""
+    for x, gate in (node.inputs, reversed(node.inputs)):
+        sigmoid = None if gate is None else gate.producer()
+        if (
+            x is not None
+            and x.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+            and sigmoid is not None
+            and (sigmoid.op_type, sigmoid.domain, *sigmoid.inputs) == ("Sigmoid", "", x)
+        ):
+            wide = ir.node("Cast", [x], {"to": ir.DataType.FLOAT})
+            gated = ir.node("Sigmoid", wide.outputs)
+            product = ir.node("Mul", [*wide.outputs, *gated.outputs])
+            rounded = ir.node("Cast", product.outputs, {"to": x.dtype})
+            for made in (wide, gated, product):
+                made.outputs[0].shape = x.shape
+                made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            _replace(graph, node, [wide, gated, product, rounded])
+            return
 
 
 def _matrix(graph: ir.Graph, kernel: ir.Value, weight: torch.Tensor) -> ir.Value:

@@ -180,7 +180,9 @@ class Workbench:
         if self._times_full(backend, mixes):
             full = self._prepare(planned.runner(f"{backend}, full step", 0))
             runners.append(full)
+        settled = used_bytes(self.on_gpu)
         times = time_rounds([r.run for r in runners], settings, self.on_gpu)
+        grown = used_bytes(self.on_gpu) - settled
         medians = {r.name: statistics.median(t) for r, t in zip(runners, times, strict=True)}
         own = times[count : count + len(ours)]
         samples = [statistics.fmean(each, steps) for each in zip(*own, strict=True)]
@@ -195,6 +197,7 @@ class Workbench:
             | {
                 "ms": ms,
                 "samples_ms": samples,
+                "grown_device_bytes": grown,
                 "buckets_ms": [medians[runner.name] for runner in ours],
                 "baselines_ms": self._baseline_ms | {r.name: medians[r.name] for r in self._beside},
                 "full_step_ms": self._full_ms.get(backend),

@@ -271,9 +271,15 @@ def _show_weights(rows: Sequence[dict[str, Any]]) -> None:
         measured = row["measured_weights_ratio"]
         texts = (bytes_text(row[name]) for name in ("weight_bytes", "copied_weight_bytes"))
         told = "" if measured is None else f"{measured:.3f}x"
-        cells.append((row["backend"], row["mix"], *texts, f"{row['weights_ratio']:.3f}x", told))
-    columns = ("runs on", "heads", "weights", "copied for buckets", "in all", "on the device")
-    show_table("weights of all buckets, counted and by the device's own account", columns, cells)
+        grown = bytes_text(max(row["grown_device_bytes"], 0))
+        ratio = f"{row['weights_ratio']:.3f}x"
+        cells.append((row["backend"], row["mix"], *texts, ratio, told, grown))
+    columns = (
+        "runs on", "heads", "weights", "copied for buckets", "in all", "on the device",
+        "grown while timed",
+    )  # fmt: skip
+    title = "memory: weights of all buckets, counted and by the device's own account"
+    show_table(title, columns, cells)
 
 
 def _show_parts(parts: dict[str, Any]) -> None:

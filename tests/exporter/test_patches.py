@@ -77,6 +77,32 @@ def test_other_convolutions_are_left(weight: tuple[int, ...], attributes: dict[s
     assert operators(model) == ["Conv"]
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16", "FLOAT"])
+def test_silu_of_16_bits_is_computed_in_fp32(dtype: str, gate_first: bool) -> None:
+    kind = ir.TensorType(ir.DataType[dtype])
+    x = ir.Value(name="x", shape=ir.Shape(["B", 256]), type=kind)
+    sigmoid = ir.node("Sigmoid", [x])
+    pair = [*sigmoid.outputs, x]
+    product = ir.node("Mul", pair if gate_first else pair[::-1])
+    product.outputs[0].name, product.outputs[0].type = "y", kind
+    graph = ir.Graph(
+        [x], product.outputs, nodes=[sigmoid, product], opset_imports={"": 20}, name="g"
+    )
+    model = ir.Model(graph, ir_version=10)
+    simplify(graph)
+    if dtype == "FLOAT":
+        assert operators(model) == ["Sigmoid", "Mul"]
+        return
+    # What is left of the 16-bit Sigmoid has no use; `tidy` removes it.
+    assert operators(model) == ["Sigmoid", "Cast", "Sigmoid", "Mul", "Cast"]
+    assert graph.outputs[0].name == "y" and graph.outputs[0].dtype == kind.dtype
+    if dtype == "FLOAT16":
+        values = torch.linspace(-12, 12, 4 * 256).reshape(4, 256).half()
+        expected = torch.nn.functional.silu(values.float()).half()
+        np.testing.assert_allclose(run(model, values.numpy()), expected, rtol=2**-10, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("equation", "expected"),
     [
