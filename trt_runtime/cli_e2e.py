@@ -268,18 +268,13 @@ def _picture_cell(row: dict[str, Any]) -> str:
 def _show_weights(rows: Sequence[dict[str, Any]]) -> None:
     cells = []
     for row in rows:
-        measured = row["measured_weights_ratio"]
-        texts = (bytes_text(row[name]) for name in ("weight_bytes", "copied_weight_bytes"))
-        told = "" if measured is None else f"{measured:.3f}x"
-        grown = bytes_text(max(row["grown_device_bytes"], 0))
-        ratio = f"{row['weights_ratio']:.3f}x"
-        cells.append((row["backend"], row["mix"], *texts, ratio, told, grown))
-    columns = (
-        "runs on", "heads", "weights", "copied for buckets", "in all", "on the device",
-        "grown while timed",
-    )  # fmt: skip
-    title = "memory: weights of all buckets, counted and by the device's own account"
-    show_table(title, columns, cells)
+        sizes = (row["weight_bytes"], row["copied_weight_bytes"], max(row["grown_device_bytes"], 0))
+        weights, copied, grown = map(bytes_text, sizes)
+        ratios = (row["weights_ratio"], row["measured_weights_ratio"])
+        told = ("" if ratio is None else f"{ratio:.3f}x" for ratio in ratios)
+        cells.append((row["backend"], row["mix"], weights, copied, *told, grown))
+    columns = ("runs on", "heads", "weights", "copied", "in all", "on the device", "grown")
+    show_table("weights of all buckets, and what the timed steps took for good", columns, cells)
 
 
 def _show_parts(parts: dict[str, Any]) -> None:
