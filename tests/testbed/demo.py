@@ -52,8 +52,8 @@ class Setup:
 
 # The fewest steps within one point of caption accuracy of fifty: none is idle.
 SETUPS = (
-    Setup("tiny-sd3", steps=6, guidance_scale=3.0, delta=0.3, prompts=2),
-    Setup("tiny-flux", steps=8, guidance_scale=3.5, delta=0.3, prompts=2),
+    Setup("tiny-sd3", steps=6, guidance_scale=3.0, delta=0.2, prompts=2),
+    Setup("tiny-flux", steps=8, guidance_scale=3.5, delta=0.2, prompts=2),
 )
 
 console = Console()
