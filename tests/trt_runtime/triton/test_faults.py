@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -76,9 +77,8 @@ def reload(control: Any, server: Server) -> None:
     control.load_model("arrowhead")
 
 
-def test_a_killed_process_fails_its_request_and_a_reload_mends_it(
-    server: Server, client: Client, control: Any, twin: Callable[..., Twin]
-) -> None:
+def said_of_a_killed_process(server: Server, client: Client) -> str:
+    """Kill the model's process amid a picture; give what the request is told."""
     client.draw([PROMPT], seed=1)
     seconds = client.draw([PROMPT], seed=1).seconds
     (stub,) = stubs(server)
@@ -89,19 +89,41 @@ def test_a_killed_process_fails_its_request_and_a_reload_mends_it(
 
     # Amid a picture: a process killed as it hands over a message may take a lock along, and
     # Triton then never answers.
-    with pytest.raises(client.refusal, match="Stub process .* is not healthy"):
+    with pytest.raises(client.refusal) as caught:
         while True:
             killer = threading.Timer(seconds / 2, kill)
             killer.start()
             client.draw([PROMPT], seed=1)
             killer.cancel()
     killer.join()
-    # Triton 2.51 goes on calling the model ready, and starts no new process by itself.
-    with pytest.raises(client.refusal, match="Stub process .* is not healthy"):
-        client.draw([PROMPT], seed=1)
-    reload(control, server)
-    got = client.draw([PROMPT], seed=1)
-    assert np.array_equal(decode(got.pictures[0]), twin("sd3")([PROMPT], [1])[0])
+    return str(caught.value)
+
+
+def test_a_killed_process_fails_its_request_and_a_reload_mends_it(
+    repository: Path, installation: Installation, twin: Callable[..., Twin]
+) -> None:
+    unhealthy = re.compile("Stub process .* is not healthy")
+    for _ in range(3):
+        with (
+            Server(
+                repository, installation, explicit=True, load=["arrowhead"], start_seconds=120
+            ) as server,
+            Client(f"127.0.0.1:{server.grpc}") as client,
+        ):
+            said = said_of_a_killed_process(server, client)
+            if unhealthy.search(said):
+                # Triton 2.51 goes on calling the model ready, and starts no process by itself.
+                with pytest.raises(client.refusal, match=unhealthy):
+                    client.draw([PROMPT], seed=1)
+                control = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
+                reload(control, server)
+                control.close()
+                got = client.draw([PROMPT], seed=1)
+                assert np.array_equal(decode(got.pictures[0]), twin("sd3")([PROMPT], [1])[0])
+                return
+        # Seen once in some thirty runs on a busy machine: Triton 2.51 goes down with the process.
+        assert server.exit_status is not None and server.exit_status < 0, said
+    pytest.fail(f"the server went down with the process three times of three: {said}")
 
 
 def test_models_go_with_a_server_that_is_killed(
