@@ -28,7 +28,7 @@ class Tile:
 class KernelModel:
     """A kernel's tile shape on one token layout. Tokens count image first, then text."""
 
-    library: ctypes.CDLL
+    exports: ctypes.CDLL
     image_tokens: int
     text_tokens: int
     block: int
@@ -48,7 +48,7 @@ class KernelModel:
     def kv_list(self, segment: int, begin: int, end: int, mode: int) -> list[tuple[int, ...]]:
         """(segment, tile, masked) in the order of work."""
         out = (ctypes.c_int * 30000)()
-        n = self.library.arrowhead_kv_list(
+        n = self.exports.arrowhead_kv_list(
             self.layout, segment, begin, end, mode, self.tile_k, out, 10000
         )
         assert n >= 0
@@ -60,7 +60,7 @@ class KernelModel:
         whole = self.kv_list(segment, begin, begin + self.tile_q, mode)
         own = self.kv_list(segment, first, first + GROUP_ROWS, mode)
         walk = (ctypes.c_int * (4 + len(own)))()
-        tiles = self.library.arrowhead_walk(
+        tiles = self.exports.arrowhead_walk(
             self.layout, segment, begin, begin + self.tile_q, first, first + GROUP_ROWS, mode,
             self.tile_k, walk, len(own),
         )  # fmt: skip
@@ -99,7 +99,7 @@ class KernelModel:
         if masked:
             for row in range(first, last):
                 see = (ctypes.c_int * 2)()
-                self.library.arrowhead_visible_keys(
+                self.exports.arrowhead_visible_keys(
                     self.layout, segment, key_segment, row, mode, see
                 )
                 visible[row - first] = (see[0] <= keys) & (keys < see[1])
