@@ -1,11 +1,12 @@
 """What a search costs beside plain runs, on the real architectures with random weights.
 
     python -m tests.trt_runtime.search_at_scale flux --device cuda --json build/search-flux.json
-    python -m tests.trt_runtime.search_at_scale sd3 --device cuda --json build/search-sd3.json
+    python -m tests.trt_runtime.search_at_scale sd3 --device cuda --steps 50 --prices prices.json
 
-A 2K picture, few steps, extrapolated to 50; the report is written again after every stage. On a CPU
-`--small` takes two narrow blocks and a small picture. Random weights have no locality, so a plan
-of our own, a third of the heads in each mode, stands for what a trained model's search would run.
+A 2K picture, few steps, extrapolated to 50, or with `--steps 50` a plain run and a search, whole;
+the report is written again after every stage. On a CPU `--small` takes two narrow blocks and a
+small picture. Random weights have no locality, so where steps are few a plan of our own, a third of
+the heads in each mode, stands for what a trained model's search would run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from plans.buckets import choose_buckets
 from plans.denoising import Denoising, dense_plan_of
 from plans.effort import AGES, Effort, effort_for
 from plans.plan import Bucket, Plan
+from plans.pooled import choose_pooled
+from plans.prices import Prices, load_prices
 from plans.runs import Runs, Scratch
 from plans.scores import BACKENDS
 from plans.search import search_plan
@@ -181,11 +183,30 @@ def measure(
     one = next(settings.groups(1))
     bare = dense_plan_of(pipe, one, block, None, None)
     clock = Clock(pipe.transformer)
-    report["plain_ms"] = plain = plain_ms(pipe, one, clock)
+    report["plain_ms"] = plain_ms(pipe, one, clock)
     save()
     if _on_gpu(pipe):
         torch.cuda.reset_peak_memory_stats()
         report["model_bytes"] = torch.cuda.memory_allocated()
+    if arguments.steps < TARGET_STEPS:
+        _parts(pipe, one, bare, clock, report, save)
+        extrapolate(report, arguments.prompts)
+        save()
+    prices = None if arguments.prices is None else load_prices(arguments.prices)
+    search(pipe, settings, block, prices, report)
+    save()
+
+
+def _parts(
+    pipe: Any,
+    one: Denoising,
+    bare: Plan,
+    clock: Clock,
+    report: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Time what a search is made of: its two kinds of runs, and choosing."""
+    plain = report["plain_ms"]
     windows = {m.name: (*candidate_half_windows(m.layout), CACHED) for m in bare.modules}
     runs = Runs(pipe, one, Effort(1, 1, False), windows, lambda *_: None, Scratch(None, {}, False))
     for name, plan in (("recorded_ms", bare), ("planned_ms", third_each(bare))):
@@ -195,21 +216,33 @@ def measure(
     if _on_gpu(pipe):
         report["peak_bytes"] = torch.cuda.max_memory_allocated()
     begin = time.perf_counter()
-    choice = choose_buckets(tables_like(bare), 0.4, 1.5, 4)
+    choice = choose_pooled(tables_like(bare), 0.4, 1.5, 4)
     report["choose_seconds"] = time.perf_counter() - begin
     report["choose_saved"] = choice.saving / (TARGET_STEPS * sum(m.heads for m in bare.modules))
-    extrapolate(report, arguments.prompts)
-    save()
+
+
+def search(
+    pipe: Any, settings: Denoising, block: int, prices: Prices | None, report: dict[str, Any]
+) -> None:
+    """Search as `arrowhead plan search` does, with the steps there are."""
+    on_gpu = _on_gpu(pipe)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     found = search_plan(
-        pipe, prompts, steps=arguments.steps, height=side, width=side, delta=0.4, block=block,
-        guidance_scale=3.5, announce=lambda text: report.update(announced=text),
+        pipe, settings.prompts, steps=settings.steps, height=settings.height, width=settings.width,
+        delta=0.4, block=block, guidance_scale=settings.guidance_scale, prices=prices,
+        announce=lambda text: report.update(announced=text),
     )  # fmt: skip
     assert found.search is not None
     report["search_seconds"] = time.perf_counter() - begin
+    plain = settings.steps * settings.pictures * report["plain_ms"] / 1e3
+    report["search_ratio"] = report["search_seconds"] / plain
     report["search_runs"] = 1 + found.search["measurements"]
     report["search_basis"] = found.search["basis"]
-    save()
+    report["search_prices"] = found.search.get("prices")
+    if on_gpu:
+        report["search_peak_bytes"] = torch.cuda.max_memory_allocated()
 
 
 def extrapolate(report: dict[str, Any], prompts: int) -> None:
@@ -232,6 +265,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--prices", type=Path, help="of `arrowhead bench attention --price`")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(words)
     report: dict[str, Any] = {
