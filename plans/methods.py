@@ -67,6 +67,7 @@ class Search:
         check_error_weights(weighing)
         self._weighing = weighing
         self._weights: Floats = np.ones((1, 1))
+        self._ran = np.zeros(settings.steps, dtype=bool)  # steps that a step cache does not skip
         self._candidates: dict[str, tuple[int, ...]] = {}
         self._savings: Savings = {}
         self.rows_per_picture = 2 if bare.sampler.cfg else 1
@@ -175,6 +176,7 @@ class Search:
             stage = f"measure {turn}" if turn else "record"
             run = self._runs.run(plan, stage, group, True, HEAD if turn else self._weighing)
             assert run.recorded is not None
+            self._ran |= run.recorded["ran"] > 0
             self._weigh(run)
             if group not in recorded or not self._bounds.pooled:
                 recorded[group] = run.recorded
@@ -217,13 +219,19 @@ class Search:
     def _choose(
         self, tables: HeadTables, aim: float, max_buckets: int, before: Choice | None
     ) -> Choice:
+        """Choose for the steps that were run; one that was left out is in the bucket before."""
+        ran, all_steps = np.flatnonzero(self._ran).tolist(), self._settings.steps
         choose = choose_pooled if self._bounds.pooled else choose_buckets
-        dense = self._settings.steps * self._dense()
-        return choose(
-            tables.under(self._first_step), aim, self._bounds.cap_factor, max_buckets,
-            start=None if before is None else before.schedule,
+        if self._bounds.pooled:
+            aim *= all_steps / len(ran)  # of the mean over all steps
+        dense = all_steps * self._dense()
+        found = choose(
+            tables.at_steps(ran).under(self._first_step), aim, self._bounds.cap_factor, max_buckets,
+            start=None if before is None else tuple(before.schedule[step] for step in ran),
             progress=lambda i, n, saved: self._report("choose", i, n, saved / dense),
         )  # fmt: skip
+        latest = np.searchsorted(ran, range(all_steps), side="right") - 1
+        return found._replace(schedule=tuple(found.schedule[place] for place in latest))
 
     def _predicted(self, plan: Plan, own: HeadTables, measured: Floats, group: int) -> Found:
         """Raise heads until the bounds are kept, as the plan's last run tells; nothing is run.

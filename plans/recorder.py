@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plans.models import AttentionModule
 from plans.sample import SAMPLE_TOKENS, Sample, sample_of
-from plans.scores import Moments, moments
+from plans.scores import Moments, latest, moments
 from plans.tables import HeadTables
 from plans.tiles import CACHED, FULL, kept_pairs
 
@@ -24,6 +24,8 @@ class Recorder:
 
     Full outputs of the past are kept as a sample of rows: ages x rows x H x D items a module and
     row of the batch (see plans.memory). Nothing is copied from the device before the run is over.
+    A step cache around the transformer may leave modules out of a step: there they repeat what they
+    put out before, and nothing errs.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Recorder:
             # Never written, a place of the ring errs by infinity.
             past = seen.new_full((self.ages, *seen.shape), torch.inf)
             self._past[module.name] = past
+        for left_out in range(self._after(step, module.name), step if self.ages else 0):
+            past[left_out % self.ages] = past[(left_out - 1) % self.ages]
         arrows = seen.new_empty(len(self._own[module.name]), *seen.shape)
         sample.arrows(q, k, v, seen, arrows)
         self._moments[step][module.name] = moments([arrows, past], seen, sample.weights)
@@ -67,17 +71,28 @@ class Recorder:
     def moments(self) -> dict[str, Floats]:
         """Return what a finished run showed: "mean" and "spread" [N, R], "squared" [N, R, W + A].
 
-        With "pictures", how many were drawn, those of several runs make one table (`tables`).
+        "ran": [N], 1 where no module was left out, else 0. With "pictures", how many were drawn,
+        those of several runs make one table (`tables`).
         """
         rows = [[self._columns(step, module) for module in self.modules] for step in
                 range(len(self._moments))]  # fmt: skip
         table = torch.stack([torch.cat(row, dim=1) for row in rows]).cpu().numpy()
         table = table.astype(np.float64).transpose(0, 2, 1)
-        return {"mean": table[:, :, 0], "spread": table[:, :, 1], "squared": table[:, :, 2:]}
+        ran = np.array([float(len(found) == len(self.modules)) for found in self._moments])
+        return {
+            "mean": table[:, :, 0], "spread": table[:, :, 1], "squared": table[:, :, 2:],
+            "ran": ran,
+        }  # fmt: skip
+
+    def _after(self, step: int, module: str) -> int:
+        """The step after the last before `step` at which the module ran."""
+        while step and module not in self._moments[step - 1]:
+            step -= 1
+        return step
 
     def _columns(self, step: int, module: AttentionModule) -> Tensor:
         """One module's moments in the order of the table: mean, spread, windows, ages: [C, H]."""
-        found = self._moments[step][module.name]
+        found = latest(self._moments, step, module.name)
         own = self._own[module.name]
         missing = torch.full_like(found.mean, torch.inf)
         arrows = [found.squared[own.index(w)] if w in own else missing for w in self.windows]
@@ -91,6 +106,7 @@ class Recorder:
         errors = pooled_errors(runs)
         rows = [head for module in self.modules for head in savings[module.name]]
         arrow = [[head.get(window, 0.0) for window in self.windows] for head in rows]
+        errors[:, [CACHED not in head for head in rows], len(self.windows) :] = np.inf
         return HeadTables(
             heads=tuple(module.heads for module in self.modules),
             windows=self.windows,

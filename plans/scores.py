@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,18 @@ def moments(candidates: Sequence[Tensor], full: Tensor, weights: Tensor | None =
         # One pass: the difference is fp32 as it is written.
         torch.cat([share @ _squares(some - full) for some in candidates]),
     )
+
+
+def latest(steps: Sequence[Mapping[str, Moments]], step: int, module: str) -> Moments:
+    """Return a module's moments at a step, where it was left out those of its last run.
+
+    There it repeats that run's output, so nothing that stands for it errs.
+    """
+    found = steps[step].get(module)
+    if found is None:
+        before = latest(steps, step - 1, module)
+        found = before._replace(squared=torch.zeros_like(before.squared))
+    return found
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def search_plan(
     cap_factor: float = 1.5,
     divisors: Sequence[int] = DIVISORS,
     candidates: Sequence[str] = CANDIDATES,
+    kept_full: Sequence[str] = (),
     block: int = 128,
     method: str = POOLED,
     max_buckets: int = 4,
@@ -67,28 +68,27 @@ def search_plan(
 
     delta bounds the mean, over steps and modules, of the sum over heads of relative squared errors;
     at most max_buckets buckets, their modes and the schedule are chosen together (plans.pooled).
-    method: "joint" bounds each of those sums instead, and each head's error by
-    cap_factor * delta / H (plans.buckets), or, where each step may have its own bucket, does as
-    "progressive": DiTFastAttnV2's way, step by step. first_step: "arrow" lets heads of step 0
-    be arrows; on_mismatch="dense" then has no graph to run. wanted: how much is run. prices:
-    maximise milliseconds saved, not query/key pairs. error_weights: see plans.importance.
-    scratch: folder for finished runs, which resume takes up. announce is told the memory needed,
-    keep_tables the errors recorded. Raises ArrowheadError, by name, for what is not planned for.
+    method: "joint" bounds each of those sums, and each head's error by cap_factor * delta / H
+    (plans.buckets), or, with a bucket for each step, is "progressive": DiTFastAttnV2's way, step by
+    step. first_step: "arrow" lets step 0 have arrows. kept_full: names of modules that stay full.
+    wanted: how much is run. prices: save milliseconds, not pairs. error_weights: see
+    plans.importance. scratch: of finished runs, which resume takes up. announce is told the memory
+    needed, keep_tables the errors recorded. Raises ArrowheadError for what is not planned for.
     """
     begin = time.perf_counter()
     settings = Denoising(prompts, steps, height, width, guidance_scale, max_sequence_length, seed)
-    _check_arguments(settings, delta, cap_factor, candidates, method, max_buckets)
-    method = PROGRESSIVE if method == JOINT and max_buckets >= steps else method
+    method = _checked(settings, delta, cap_factor, candidates, method, max_buckets)
     bare = dense_plan_of(pipe, settings, block, source, revision)
     effort = _effort(bare, settings, wanted, together=method == PROGRESSIVE)
-    modes = {m.name: _candidate_modes(m, candidates, divisors) for m in bare.modules}
+    modes = _tried(bare, candidates, divisors, kept_full)
     search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor, method == POOLED),
                     effort, prices, progress, first_step, error_weights)  # fmt: skip
     check_memory(memory := search.memory(), pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
-        divisors=list(divisors), max_buckets=None if method == PROGRESSIVE else max_buckets,
-        first_step=first_step, sample_tokens=effort.sample_tokens, error_weights=error_weights,
+        kept_full=list(kept_full), divisors=list(divisors), error_weights=error_weights,
+        max_buckets=None if method == PROGRESSIVE else max_buckets, first_step=first_step,
+        sample_tokens=effort.sample_tokens,
     )  # fmt: skip
     search.begin(Scratch(scratch, _identity(settings, bare, effort, asked), resume))
     found = search.found(method, max_buckets, keep_tables)
@@ -209,14 +209,15 @@ def _bounds_of(
     return Bounds(math.inf if delta is None else delta, cap_factor, record.get("method") == POOLED)
 
 
-def _check_arguments(
+def _checked(
     settings: Denoising,
     delta: float,
     cap_factor: float,
     candidates: Sequence[str],
     method: str,
     max_buckets: int,
-) -> None:
+) -> str:
+    """Return the method that is meant; raise ArrowheadError for what cannot be."""
     check_bucket_limit(max_buckets)
     if method not in METHODS:
         raise ArrowheadError(
@@ -244,6 +245,26 @@ def _check_arguments(
             expected="at least one of each",
             fix="give the step count of your deployment and a few typical prompts",
         )
+    return PROGRESSIVE if method == JOINT and max_buckets >= settings.steps else method
+
+
+def _tried(
+    plan: Plan, candidates: Sequence[str], divisors: Sequence[int], kept_full: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Modes to try on each head of a module, FULL aside; none where it is kept full."""
+    names = [module.name for module in plan.modules]
+    unknown = [name for name in kept_full if name not in names]
+    if unknown:
+        raise ArrowheadError(
+            "attention modules to be kept full",
+            got=", ".join(unknown),
+            expected=f"some of {', '.join(names[:3])}, ...",
+            fix="take the names that `arrowhead plan show` prints",
+        )
+    return {
+        m.name: () if m.name in kept_full else _candidate_modes(m, candidates, divisors)
+        for m in plan.modules
+    }
 
 
 def _candidate_modes(

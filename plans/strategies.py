@@ -16,7 +16,7 @@ from plans.models import AttentionModule
 from plans.plan import Plan
 from plans.recorder import Recorder, Savings
 from plans.sample import SAMPLE_TOKENS, sample_of
-from plans.scores import Moments, attention, moments
+from plans.scores import Moments, attention, latest, moments
 from plans.solver import choose_modes
 from plans.tiles import CACHED, FULL
 
@@ -174,7 +174,7 @@ class MeasureHeads(_Heads):
         self._recorder = recorder
         self._energies = energies
         self._tokens = image_tokens
-        self._moments: list[list[Moments]] = [[] for _ in range(plan.steps)]
+        self._moments: list[dict[str, Moments]] = [{} for _ in range(plan.steps)]
 
     def attend(
         self, module: AttentionModule, q: Tensor | None, k: Tensor | None, v: Tensor | None
@@ -189,7 +189,7 @@ class MeasureHeads(_Heads):
         ours = sample.of(merged)
         full = all(mode == FULL for mode in modes)
         seen = ours if full else sample.full(q, k, v)
-        self._moments[self.step].append(moments([ours[None]], seen, sample.weights))
+        self._moments[self.step][module.name] = moments([ours[None]], seen, sample.weights)
         if self._recorder is not None:
             self._recorder.note(self.step, module, q, k, v, seen)
         if self._energies is not None:
@@ -199,11 +199,13 @@ class MeasureHeads(_Heads):
     def measured(self) -> dict[str, NDArray[np.float64]]:
         """Return the finished run's "mean" and "spread" [N, R] and "squared" [N, R, 1].
 
-        What is full errs by nothing, whichever kernel computed it.
+        What is full errs by nothing, whichever kernel computed it, nor does what was left out.
         """
+        found = [[latest(self._moments, step, module.name) for module in self._plan.modules] for
+                 step in range(self._plan.steps)]  # fmt: skip
         rows = [
             torch.cat([torch.stack([m.mean, m.spread, m.squared[0]]) for m in step], dim=1)
-            for step in self._moments
+            for step in found
         ]
         table = torch.stack(rows).cpu().numpy().astype(np.float64)
         squared = np.where(self._is_full(), 0.0, table[:, 2])

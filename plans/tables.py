@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -60,6 +61,19 @@ class HeadTables:
         arrow = self.arrow.copy()
         arrow[0] = np.inf
         return replace(self, arrow=arrow)
+
+    def at_steps(self, steps: Sequence[int]) -> HeadTables:
+        """Return the tables of some steps, as a run of no others; ages are counted in these."""
+        kept = np.asarray(steps)
+        drift, weights = (
+            np.broadcast_to(x, self.arrow.shape[:2])[kept] for x in (self.drift, self.weights)
+        )
+        cached = np.full((len(kept), *self.cached.shape[1:]), np.inf)
+        for place, step in enumerate(kept):
+            for age, written in enumerate(kept[:place][::-1]):
+                if max(age, step - written - 1) < self.cached.shape[2]:
+                    cached[place, :, age] = self.cached[step, :, step - written - 1]
+        return replace(self, arrow=self.arrow[kept], cached=cached, drift=drift, weights=weights)
 
     def of_module(self, index: int) -> HeadTables:
         """Return the tables of one module's heads."""

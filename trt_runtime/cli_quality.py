@@ -147,8 +147,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="of the step caches (default 0.05 0.1 0.2 0.4 0.8)",
     )  # fmt: skip
     parser.add_argument(
-        "--stacked-delta", type=float, metavar="X",
-        help="bound of the plans of `stacked` and `fewer` (default: the middle one of --deltas)",
+        "--stacked-deltas", "--stacked-delta", type=float, nargs="+", default=[], metavar="X",
+        help="bounds of the plans of `stacked` and `fewer` (default: the middle one of --deltas)",
     )  # fmt: skip
     parser.add_argument(
         "--prices",
@@ -239,7 +239,7 @@ def _settings(pipe: Any, captions: list[str], arguments: argparse.Namespace) -> 
         searches=arguments.searches,
         fewer_steps=tuple(arguments.fewer_steps),
         thresholds=tuple(arguments.thresholds),
-        stacked_delta=arguments.stacked_delta,
+        stacked_deltas=tuple(arguments.stacked_deltas),
         prices=_prices(pipe, arguments),
         batch=arguments.batch,
         seed=arguments.seed,

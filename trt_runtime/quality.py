@@ -90,8 +90,11 @@ class _Bench:
         self._pipe, self._settings, self._folder, self._bare = pipe, settings, folder, bare
         self._progress, self._done, self._total = progress, 0, rows + 1
         self._name = ""
-        self._artist = Artist(pipe, settings, [module.name for module in bare.modules])
-        self._planner = Planner(pipe, settings, folder, self._report, resumed=resumed)
+        modules = [module.name for module in bare.modules]
+        self._artist = Artist(pipe, settings, modules)
+        self._planner = Planner(
+            pipe, settings, folder, self._report, resumed=resumed, modules=modules
+        )
         self._marked: dict[str, tuple[dict[str, Any], PerCaption]] = {}
 
     def judge(

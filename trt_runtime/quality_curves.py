@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trt_runtime.marks import Numbers, PerCaption, bootstrap
-from trt_runtime.quality_settings import OURS, OWN, STACKED, VARIANTS
+from trt_runtime.quality_settings import FEWER, OURS, OWN, STACKED, VARIANTS
 
 POINTS = 9  # costs a pair of curves is compared at
 AXES = {
@@ -49,7 +49,8 @@ def compare_curves(
     At POINTS savings, evenly over the range that both curves cover from 0 on, each is interpolated
     between its rows, caption by caption; differences are ours less theirs, with the paired 95 %
     interval over captions. Where PSNR is the mark, the curves start at their first rows:
-    the uncompressed picture's is not finite.
+    the uncompressed picture's is not finite. Rows that turn two knobs (`stacked`, `fewer`) make a
+    curve of those that none of them beats in saving and mark both.
     """
     found = []
     for mark in MARKS:
@@ -78,11 +79,25 @@ def _curves(
                 saved = time_saved(report, row) if axis == "time_saved" else row[axis]
                 points.append((saved, marks))
         points.sort(key=lambda point: point[0])
+        if variant in (STACKED, FEWER):
+            points = _unbeaten(points)
         if len(points) > 1:
             curves[variant] = Curve(
                 np.array([x for x, _ in points]), np.array([y for _, y in points])
             )
     return curves
+
+
+def _unbeaten(points: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """Leave out points (saved, marks), ascending, after which one comes that is no worse.
+
+    The first stays: what others are interpolated from.
+    """
+    kept: list[tuple[float, Any]] = []
+    for saved, marks in reversed(points[1:]):
+        if not kept or sum(marks) > sum(kept[-1][1]):
+            kept.append((saved, marks))
+    return [*points[:1], *kept[::-1]]
 
 
 def _weights(by_caption: Mapping[str, PerCaption], mark: str, curve: Curve) -> Numbers:

@@ -161,8 +161,9 @@ def _draw_lines(axes: Any, rows: Sequence[Row], x: Value, y: Value) -> None:
         if not own:
             continue
         xs, ys = [x(row) for row in own], [y(row) for row in own]
+        one_knob = len({row["delta"] for row in own}) == 1 or variant.knob == DELTA
         axes.plot(xs, ys, color=variant.colour, marker=variant.marker, markersize=5,
-                  linewidth=1.3, label=variant.label)  # fmt: skip
+                  linewidth=1.3 if one_knob else 0, label=variant.label)  # fmt: skip
         if all("interval_points" in row and y(row) == 100 * row["accuracy"] for row in own):
             # The interval is of the difference: around the point it says how far zero is.
             spread = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from plans.errors import ArrowheadError
@@ -94,8 +95,9 @@ VARIANTS = {
     ),
     STACKED: Variant(
         THRESHOLD, "plan on FirstBlockCache", "#111111", "*",
-        "The plan of `both` at one delta, with FirstBlockCache around it; a cached head takes "
-        "the latest output there is.",
+        "The search of `both` with FirstBlockCache around the transformer, at some deltas and each "
+        "threshold: errors are those of the steps it leaves, and the first block, which it "
+        "decides by, stays full. A cached head takes the latest output there is.",
     ),
     "dbcache": Variant(
         THRESHOLD, "cache-dit DBCache", "#a05fc4", ">",
@@ -116,8 +118,8 @@ class Settings:
     seeds: pictures of a caption; the second noise of all captions follows the first. calibration:
     the search's prompts, none of them among the captions; its noise is other noise. fewer_steps:
     step counts of the variant "steps"; none: FEWER_STEPS of `steps`. searches: of each plan found
-    by a bound, each with noise of its own. thresholds: of the peers; stacked_delta: of the plan
-    that runs with one, or with fewer steps; none: the middle one of deltas. prices: of calls of
+    by a bound, each with noise of its own. thresholds: of the peers; stacked_deltas: of the plans
+    that run with one, or with fewer steps; none: the middle one of deltas. prices: of calls of
     `batch` pictures; the searches that save attention FLOPs then save milliseconds.
     """
 
@@ -134,7 +136,7 @@ class Settings:
     variants: tuple[str, ...] = tuple(VARIANTS)
     fewer_steps: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = THRESHOLDS
-    stacked_delta: float | None = None
+    stacked_deltas: tuple[float, ...] = ()
     searches: int = 1
     prices: Prices | None = None
     batch: int = 8
@@ -215,14 +217,16 @@ def points(settings: Settings) -> Iterator[Point]:
         for delta in settings.deltas:
             for variant in of[DELTA]:
                 yield Point(variant, settings.steps, delta=delta, search=search)
-    middle = sorted(settings.deltas)[len(settings.deltas) // 2] if settings.deltas else None
-    stacked = middle if settings.stacked_delta is None else settings.stacked_delta
+    middle = sorted(settings.deltas)[len(settings.deltas) // 2 :][:1]
+    stacked = settings.stacked_deltas or tuple(middle)
     for variant in of[STEPS]:
-        bound = stacked if variant == FEWER else None
+        bounds = stacked if variant == FEWER else (None,)
         usual = {int(settings.steps * share) for share in FEWER_STEPS} - {0}
-        for steps in sorted(set(settings.fewer_steps) or usual, reverse=True):
+        for bound, steps in product(
+            bounds, sorted(set(settings.fewer_steps) or usual, reverse=True)
+        ):
             yield Point(variant, steps, delta=bound)
     for variant in of[THRESHOLD]:
-        for threshold in settings.thresholds:
-            bound = stacked if variant == STACKED else None
+        bounds = stacked if variant == STACKED else (None,)
+        for bound, threshold in product(bounds, settings.thresholds):
             yield Point(variant, settings.steps, delta=bound, threshold=threshold)

@@ -20,7 +20,9 @@ from plans.run import run_plan
 from plans.search import search_plan
 from trt_runtime.parity import Progress
 from trt_runtime.quality_peers import dbcache, first_block_cache
-from trt_runtime.quality_settings import FEWER, OURS, Point, Settings
+from trt_runtime.quality_settings import FEWER, OURS, STACKED, Point, Settings
+
+_FIRST_BLOCK = "transformer_blocks.0."
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,30 @@ class Run:
 class Planner:
     """Makes plans for the rows, each once, and keeps them in `folder`/plans.
 
-    resumed: take those that lie there, which the same settings made.
+    resumed: take those that lie there, which the same settings made. modules: names of the
+    transformer's attention modules.
     """
 
     def __init__(
-        self, pipe: Any, settings: Settings, folder: Path, progress: Progress, *, resumed: bool
-    ) -> None:
+        self, pipe: Any, settings: Settings, folder: Path, progress: Progress, *, resumed: bool,
+        modules: Sequence[str],
+    ) -> None:  # fmt: skip
         self.pipe, self.settings = pipe, settings
+        self._first_block = [name for name in modules if name.startswith(_FIRST_BLOCK)]
         self._folder, self._progress = folder / "plans", progress
         self._known = {path.name for path in self._folder.glob("*.json")} if resumed else set()
 
-    def plan(
-        self, variant: str, delta: float, steps: int | None = None, search: int = 0
-    ) -> tuple[Plan, str]:
+    def plan(self, variant: str, delta: float, search: int = 0, **other: Any) -> tuple[Plan, str]:
         """Give the plan of a variant at a bound, and its file, relative to the folder.
 
-        steps: another count than the settings'. search: which of them, each with its own noise.
+        search: which of them, each with its own noise. other: steps, another count than the
+        settings'; threshold of the step cache that it is for.
         """
-        counted = "" if steps is None else f"-{steps}-steps"
+        named = "".join(f"-{name}-{value:g}" for name, value in other.items())
         again = f"-search-{search + 1}" if search else ""
-        path = self._folder / f"{variant}{counted}-{delta:g}{again}.json"
+        path = self._folder / f"{variant}{named}-{delta:g}{again}.json"
         if path.name not in self._known:
             self._folder.mkdir(exist_ok=True)
-            other = {} if steps is None else {"steps": steps}
             save_plan(_SEARCHES[variant](self, delta, search, **other), path)
             self._known.add(path.name)
         return load_plan(path), f"{self._folder.name}/{path.name}"
@@ -78,6 +81,15 @@ class Planner:
             source=settings.source, revision=settings.revision,
             progress=lambda stage, at, of, _: self._progress(f"search, {stage}", at, of), **how,
         )  # fmt: skip
+
+    def under_cache(self, delta: float, search: int, threshold: float) -> Plan:
+        """Search with FirstBlockCache around the transformer, whose first block stays full.
+
+        By that block it decides: were it approximated, a plan could make it skip steps, where
+        nothing is left that could be seen to err.
+        """
+        with first_block_cache(self.pipe, threshold):
+            return self.search(delta, search, kept_full=self._first_block)
 
     def layerwise(self, delta: float, search: int) -> Plan:
         """Search with one mode per module and step."""
@@ -126,6 +138,7 @@ _SEARCHES: dict[str, Callable[..., Plan]] = {
     "joint": partial(Planner.search, method="joint"),
     "paper": partial(Planner.search, method="progressive", prices=None),
     "layer": Planner.layerwise,
+    STACKED: Planner.under_cache,
     "random": Planner.shuffled,
 }
 
@@ -152,7 +165,8 @@ def _peer(
 
 
 def _stacked(planner: Planner, point: Point) -> Run:
-    plan, facts = _plan_of(planner, OURS, point)
+    assert point.threshold is not None
+    plan, facts = _plan_of(planner, STACKED, point, threshold=point.threshold)
 
     @contextmanager
     def installed() -> Iterator[None]:
@@ -166,10 +180,13 @@ def _stacked(planner: Planner, point: Point) -> Run:
     return Run(plan, installed, None, facts)
 
 
-def _plan_of(planner: Planner, variant: str, point: Point) -> tuple[Plan, dict[str, Any]]:
+def _plan_of(
+    planner: Planner, variant: str, point: Point, **other: Any
+) -> tuple[Plan, dict[str, Any]]:
     assert point.delta is not None
-    steps = None if point.steps == planner.settings.steps else point.steps
-    plan, file = planner.plan(variant, point.delta, steps, point.search)
+    if point.steps != planner.settings.steps:
+        other |= {"steps": point.steps}
+    plan, file = planner.plan(variant, point.delta, point.search, **other)
     return plan, {
         "buckets": len(plan.buckets),
         "plan": file,

@@ -14,6 +14,7 @@ from plans.recorder import Recorder, head_savings, pooled_errors
 from plans.reference import arrow_attention
 from plans.sample import sample_of
 from plans.scores import counted, moments, relative_squared_errors
+from plans.tables import HeadTables
 from plans.tiles import CACHED, FULL, TokenLayout
 
 CPU = torch.device("cpu")
@@ -78,6 +79,43 @@ def test_records_are_the_errors_of_all_rows_where_they_fit(text_output: bool) ->
             if age <= step:
                 want = relative_squared_errors(outputs[step - age][0], full).numpy()
             np.testing.assert_allclose(tables.cached[step, :, age - 1], want, rtol=1e-4)
+
+
+def test_a_module_that_was_left_out_repeats_its_output() -> None:
+    """A step cache left both modules out of step 2, and the later one out of step 3 too."""
+    modules = [AttentionModule(n, 2, 8, TokenLayout(90, 7, True, 16), True) for n in "ab"]
+    recorder = Recorder(modules, {n: (0, CACHED) for n in "ab"}, steps=5, ages=4)
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
+    for module, steps in zip(modules, ((0, 1, 3, 4), (0, 1, 4)), strict=True):
+        for step in steps:
+            qkv = _qkv(module, 1, generator)
+            seen[module.name][step] = recorder.sample(module, CPU).full(*qkv)
+            recorder.note(step, module, *qkv, seen[module.name][step])
+    run = recorder.moments()
+    assert run["ran"].tolist() == [1, 1, 0, 0, 1]
+    savings = {m.name: head_savings(m, (0, CACHED)) for m in modules}
+    tables = recorder.tables([{**run, "pictures": np.array(1.0)}], savings)
+    for step, left_out in ((2, slice(0, 4)), (3, slice(2, 4))):
+        assert not tables.arrow[step, left_out].any() and not tables.cached[step, left_out].any()
+    own = {"a": [3, 1, 1, 0], "b": [1, 1, 1, 0]}  # whose output there is 1 to 4 steps before step 4
+    for first, (name, written) in zip((0, 2), own.items(), strict=True):
+        for age, before in enumerate(written):
+            want = relative_squared_errors(seen[name][before], seen[name][4]).numpy()
+            np.testing.assert_allclose(tables.cached[4, first : first + 2, age], want, rtol=1e-4)
+
+
+def test_a_table_of_some_steps_counts_ages_in_them() -> None:
+    rng = np.random.default_rng(0)
+    arrow, cached, drift = (rng.random(shape) for shape in ((5, 2, 1), (5, 2, 3), (5, 2)))
+    tables = HeadTables((2,), (1,), arrow, cached, np.ones((2, 1)), np.ones(2), drift)
+    some = tables.at_steps([0, 1, 4])
+    assert np.array_equal(some.arrow, arrow[[0, 1, 4]])
+    assert np.array_equal(some.drift, drift[[0, 1, 4]]) and some.weights.shape == (3, 2)
+    assert np.array_equal(some.cached[1, :, 0], cached[1, :, 0])
+    assert np.array_equal(some.cached[2, :, 0], cached[4, :, 2])  # of step 1, three before
+    assert np.isinf(some.cached[2, :, 1:]).all()  # of step 0: older than any that was recorded
+    assert np.isinf(some.cached[0]).all() and np.isinf(some.cached[1, :, 1:]).all()
 
 
 def test_modules_have_their_own_windows() -> None:

@@ -116,6 +116,16 @@ def test_more_delta_saves_no_less_and_candidates_are_obeyed() -> None:
     )
 
 
+def test_modules_are_kept_full() -> None:
+    pipe, prompts = flux_pipeline()
+    whole = search(pipe, prompts, delta=1.0)
+    name = next(m.name for m in whole.modules if any(set(b.modes[m.name]) - {FULL} for b in
+                whole.buckets))  # fmt: skip
+    plan = search(pipe, prompts, delta=1.0, kept_full=[name])
+    assert {mode for bucket in plan.buckets for mode in bucket.modes[name]} == {FULL}
+    assert plan.accounting["attention_flops_saved"] > 0 and plan.search["kept_full"] == [name]
+
+
 def test_search_is_deterministic_and_leaves_the_pipeline_as_it_was() -> None:
     pipe, prompts = sd3_pipeline()
     before = dict(pipe.transformer.attn_processors)
@@ -280,6 +290,7 @@ def test_other_pipelines_are_refused() -> None:
         (dict(candidates=("arrow",), block=128), "none: 24 image tokens are 1 blocks"),
         (dict(max_buckets=0), "number of buckets"),
         (dict(method="greedy"), "search method .* got greedy"),
+        (dict(kept_full=("blocks.9",)), "kept full .* got blocks.9; expected some of transformer_"),
         (dict(first_step="cached"), "first step .* got cached; expected one of full, arrow"),
         (dict(height=60), "picture size|divisible"),
     ],

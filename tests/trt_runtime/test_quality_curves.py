@@ -69,6 +69,21 @@ def test_the_better_of_our_curves_stands_against_a_peer() -> None:
     }
 
 
+def test_rows_of_two_knobs_make_a_curve_of_the_unbeaten() -> None:
+    rows = [(0.2, 0.5), (0.3, 0.1), (0.6, 2.0), (0.8, 1.0)]  # the first and third are beaten
+    rival = {"first-block-cache": [(0.2, 0.2), (0.8, 0.8)]}
+    for variant in ("stacked", "both"):
+        made = report(**{variant: rows}, **rival)
+        pair = next(p for p in compare_curves(*made) if p["axis"] == "time_saved")
+        ours = np.interp(np.array(pair["saved"]) * 2, *zip(*_curve(variant, rows), strict=True))
+        theirs = np.interp(np.array(pair["saved"]) * 2, (0, 0.2, 0.8), (0, 0.2, 0.8))
+        assert pair["difference"] == pytest.approx(100 * (theirs - ours) / FACTS)
+
+
+def _curve(variant: str, rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(0.0, 0.0), *(rows if variant == "both" else (rows[1], rows[3]))]
+
+
 def test_shuffled_plans_have_the_modes_of_each_step() -> None:
     plan = tiny.random_plan(tiny.tiny_sd3())
     made = shuffle_modes(plan, [1, 2])

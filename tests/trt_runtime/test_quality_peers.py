@@ -15,6 +15,7 @@ from plans.cache_flow import every_write
 from plans.denoising import Denoising, dense_plan_of
 from plans.plan import Bucket
 from plans.run import run_plan
+from plans.search import search_plan
 from tests.trt_runtime.test_quality import Bundles, base_settings
 from trt_runtime.pipeline import load_source_pipeline
 from trt_runtime.quality_draw import Artist, Drawn, work_saved
@@ -112,3 +113,27 @@ def test_a_plan_runs_under_a_step_cache(pipe: Any) -> None:
     saved = work_saved(plan, both.ran)
     for name, share in work_saved(plan, alone.ran).items():
         assert 0 < share < saved[name]
+
+
+def test_a_plan_is_searched_under_a_step_cache(pipe: Any, kind: str) -> None:
+    """Where the cache skips all steps but the first, nothing errs and the first bucket is all."""
+    s = base_settings()
+    how: dict[str, Any] = dict(
+        steps=STEPS,
+        height=s.height,
+        width=s.width,
+        delta=0.5,
+        block=s.block,
+        max_buckets=STEPS,
+        guidance_scale=s.guidance_scale,
+    )
+    first = [m.name for m in bare(pipe).modules if m.name.startswith("transformer_blocks.0.")]
+    assert len(first) == (2 if kind == "sd3" else 1)
+    with first_block_cache(pipe, 1e9):
+        plan = search_plan(pipe, s.captions[:1], kept_full=first, **how)
+    assert plan.schedule == (0,) * STEPS and plan.search is not None
+    assert not any(sum(sums) for sums in plan.search["errors"].values())
+    with first_block_cache(pipe, 1e-9):
+        every = search_plan(pipe, s.captions[:1], kept_full=first, **how)
+    assert every.buckets == search_plan(pipe, s.captions[:1], kept_full=first, **how).buckets
+    assert len(every.buckets) > 1

@@ -79,7 +79,7 @@ def test_prices_are_those_of_the_batch(pipe: Any, tmp_path: Path) -> None:
 
 def test_plans_of_fewer_steps_count_what_the_steps_save_too(pipe: Any, tmp_path: Path) -> None:
     settings = base_settings(
-        deltas=(), stacked_delta=0.8, variants=("steps", "fewer"), fewer_steps=(2,)
+        deltas=(), stacked_deltas=(0.8,), variants=("steps", "fewer"), fewer_steps=(2,)
     )
     plain, ours = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)["rows"]
     assert (plain["name"], ours["name"]) == ("2 steps", "fewer, 2 steps, delta 0.8")
@@ -119,3 +119,22 @@ def test_plans_of_a_bound_are_searched_several_times(pipe: Any, tmp_path: Path) 
     assert told["both, delta 0.5"][2:4] == [f"{100 * f(saved):.1f} %" for f in (min, max)]
     write_page(report, tmp_path / "page.html")
     assert "Plans of the same bound" in (tmp_path / "page.html").read_text()
+
+
+def test_plans_under_a_step_cache_are_searched_for_its_threshold(pipe: Any, tmp_path: Path) -> None:
+    settings = base_settings(
+        deltas=(), stacked_deltas=(0.2, 0.8), thresholds=(1e-9, 1e9), variants=("stacked",)
+    )
+    rows = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)["rows"]
+    assert [row["name"] for row in rows] == [
+        f"stacked, delta {delta:g}, threshold {threshold:g}"
+        for delta in (0.2, 0.8) for threshold in (1e-9, 1e9)
+    ]  # fmt: skip
+    never, always = (load_plan(tmp_path / row["plan"]) for row in rows[2:])
+    for plan in (never, always):
+        first = [plan.modes_at(step)[m.name] for step in range(plan.steps) for m in plan.modules if
+                 m.name.startswith("transformer_blocks.0.")]  # fmt: skip
+        assert {mode for row in first for mode in row} == {FULL}
+    assert len(never.buckets) > 1 == len(always.buckets)
+    assert rows[3]["transformer_flops_saved"] == pytest.approx(rows[1]["transformer_flops_saved"])
+    assert rows[2]["attention_flops_saved"] > 0
