@@ -45,7 +45,7 @@ def search_plan(
     cap_factor: float = 1.5,
     divisors: Sequence[int] = DIVISORS,
     candidates: Sequence[str] = CANDIDATES,
-    kept_full: Sequence[str] = (),
+    uncached: Sequence[str] = (),
     block: int = 128,
     method: str = POOLED,
     max_buckets: int = 4,
@@ -70,8 +70,8 @@ def search_plan(
     at most max_buckets buckets, their modes and the schedule are chosen together (plans.pooled).
     method: "joint" bounds each of those sums, and each head's error by cap_factor * delta / H
     (plans.buckets), or, with a bucket for each step, is "progressive": DiTFastAttnV2's way, step by
-    step. first_step: "arrow" lets step 0 have arrows. kept_full: names of modules that stay full.
-    wanted: how much is run. prices: save milliseconds, not pairs. error_weights: see
+    step. first_step: "arrow" lets step 0 have arrows. uncached: modules, by name, that cache no
+    heads. wanted: how much is run. prices: save milliseconds, not pairs. error_weights: see
     plans.importance. scratch: of finished runs, which resume takes up. announce is told the memory
     needed, keep_tables the errors recorded. Raises ArrowheadError for what is not planned for.
     """
@@ -80,13 +80,13 @@ def search_plan(
     method = _checked(settings, delta, cap_factor, candidates, method, max_buckets)
     bare = dense_plan_of(pipe, settings, block, source, revision)
     effort = _effort(bare, settings, wanted, together=method == PROGRESSIVE)
-    modes = _tried(bare, candidates, divisors, kept_full)
+    modes = _tried(bare, candidates, divisors, uncached)
     search = Search(pipe, settings, bare, modes, Bounds(delta, cap_factor, method == POOLED),
                     effort, prices, progress, first_step, error_weights)  # fmt: skip
     check_memory(memory := search.memory(), pipe, announce)
     asked: dict[str, Any] = dict(
         method=method, delta=delta, cap_factor=cap_factor, candidates=list(candidates),
-        kept_full=list(kept_full), divisors=list(divisors), error_weights=error_weights,
+        uncached=list(uncached), divisors=list(divisors), error_weights=error_weights,
         max_buckets=None if method == PROGRESSIVE else max_buckets, first_step=first_step,
         sample_tokens=effort.sample_tokens,
     )  # fmt: skip
@@ -249,22 +249,21 @@ def _checked(
 
 
 def _tried(
-    plan: Plan, candidates: Sequence[str], divisors: Sequence[int], kept_full: Sequence[str]
+    plan: Plan, candidates: Sequence[str], divisors: Sequence[int], uncached: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Modes to try on each head of a module, FULL aside; none where it is kept full."""
-    names = [module.name for module in plan.modules]
-    unknown = [name for name in kept_full if name not in names]
+    """Modes to try on each head of a module, FULL aside; some modules cache none."""
+    tried = {m.name: _candidate_modes(m, candidates, divisors) for m in plan.modules}
+    unknown = [name for name in uncached if name not in tried]
     if unknown:
         raise ArrowheadError(
-            "attention modules to be kept full",
+            "attention modules without cached heads",
             got=", ".join(unknown),
-            expected=f"some of {', '.join(names[:3])}, ...",
+            expected=f"some of {', '.join(list(tried)[:3])}, ...",
             fix="take the names that `arrowhead plan show` prints",
         )
-    return {
-        m.name: () if m.name in kept_full else _candidate_modes(m, candidates, divisors)
-        for m in plan.modules
-    }
+    for name in uncached:
+        tried[name] = tuple(mode for mode in tried[name] if mode != CACHED)
+    return tried
 
 
 def _candidate_modes(

@@ -97,7 +97,7 @@ VARIANTS = {
         THRESHOLD, "plan on FirstBlockCache", "#111111", "*",
         "The search of `both` with FirstBlockCache around the transformer, at some deltas and each "
         "threshold: errors are those of the steps it leaves, and the first block, which it "
-        "decides by, stays full. A cached head takes the latest output there is.",
+        "decides by, caches no heads. A cached head takes the latest output there is.",
     ),
     "dbcache": Variant(
         THRESHOLD, "cache-dit DBCache", "#a05fc4", ">",

@@ -83,13 +83,13 @@ class Planner:
         )  # fmt: skip
 
     def under_cache(self, delta: float, search: int, threshold: float) -> Plan:
-        """Search with FirstBlockCache around the transformer, whose first block stays full.
+        """Search with FirstBlockCache around the transformer, whose first block caches no heads.
 
-        By that block it decides: were it approximated, a plan could make it skip steps, where
-        nothing is left that could be seen to err.
+        By what that block changes from step to step it decides: were its heads repeated, a plan
+        could make it skip steps, where nothing is left that could be seen to err.
         """
         with first_block_cache(self.pipe, threshold):
-            return self.search(delta, search, kept_full=self._first_block)
+            return self.search(delta, search, uncached=self._first_block)
 
     def layerwise(self, delta: float, search: int) -> Plan:
         """Search with one mode per module and step."""

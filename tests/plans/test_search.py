@@ -116,14 +116,18 @@ def test_more_delta_saves_no_less_and_candidates_are_obeyed() -> None:
     )
 
 
-def test_modules_are_kept_full() -> None:
+def test_modules_may_cache_no_heads() -> None:
     pipe, prompts = flux_pipeline()
+
+    def modes(plan: Plan, name: str) -> set[int]:
+        return {mode for bucket in plan.buckets for mode in bucket.modes[name]}
+
     whole = search(pipe, prompts, delta=1.0)
-    name = next(m.name for m in whole.modules if any(set(b.modes[m.name]) - {FULL} for b in
-                whole.buckets))  # fmt: skip
-    plan = search(pipe, prompts, delta=1.0, kept_full=[name])
-    assert {mode for bucket in plan.buckets for mode in bucket.modes[name]} == {FULL}
-    assert plan.accounting["attention_flops_saved"] > 0 and plan.search["kept_full"] == [name]
+    name = next(m.name for m in whole.modules if CACHED in modes(whole, m.name))
+    plan = search(pipe, prompts, delta=1.0, uncached=[name])
+    assert CACHED not in modes(plan, name) != {FULL}
+    assert any(CACHED in modes(plan, m.name) for m in plan.modules)
+    assert plan.search["uncached"] == [name]
 
 
 def test_search_is_deterministic_and_leaves_the_pipeline_as_it_was() -> None:
@@ -290,7 +294,7 @@ def test_other_pipelines_are_refused() -> None:
         (dict(candidates=("arrow",), block=128), "none: 24 image tokens are 1 blocks"),
         (dict(max_buckets=0), "number of buckets"),
         (dict(method="greedy"), "search method .* got greedy"),
-        (dict(kept_full=("blocks.9",)), "kept full .* got blocks.9; expected some of transformer_"),
+        (dict(uncached=("blocks.9",)), "without cached heads .* got blocks.9; expected some of tr"),
         (dict(first_step="cached"), "first step .* got cached; expected one of full, arrow"),
         (dict(height=60), "picture size|divisible"),
     ],

@@ -130,10 +130,10 @@ def test_a_plan_is_searched_under_a_step_cache(pipe: Any, kind: str) -> None:
     first = [m.name for m in bare(pipe).modules if m.name.startswith("transformer_blocks.0.")]
     assert len(first) == (2 if kind == "sd3" else 1)
     with first_block_cache(pipe, 1e9):
-        plan = search_plan(pipe, s.captions[:1], kept_full=first, **how)
+        plan = search_plan(pipe, s.captions[:1], uncached=first, **how)
     assert plan.schedule == (0,) * STEPS and plan.search is not None
     assert not any(sum(sums) for sums in plan.search["errors"].values())
     with first_block_cache(pipe, 1e-9):
-        every = search_plan(pipe, s.captions[:1], kept_full=first, **how)
-    assert every.buckets == search_plan(pipe, s.captions[:1], kept_full=first, **how).buckets
+        every = search_plan(pipe, s.captions[:1], uncached=first, **how)
+    assert every.buckets == search_plan(pipe, s.captions[:1], uncached=first, **how).buckets
     assert len(every.buckets) > 1

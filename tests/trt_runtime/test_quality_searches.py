@@ -134,7 +134,7 @@ def test_plans_under_a_step_cache_are_searched_for_its_threshold(pipe: Any, tmp_
     for plan in (never, always):
         first = [plan.modes_at(step)[m.name] for step in range(plan.steps) for m in plan.modules if
                  m.name.startswith("transformer_blocks.0.")]  # fmt: skip
-        assert {mode for row in first for mode in row} == {FULL}
+        assert CACHED not in {mode for row in first for mode in row}
     assert len(never.buckets) > 1 == len(always.buckets)
     assert rows[3]["transformer_flops_saved"] == pytest.approx(rows[1]["transformer_flops_saved"])
     assert rows[2]["attention_flops_saved"] > 0
