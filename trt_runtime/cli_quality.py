@@ -147,7 +147,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="of the step caches (default 0.05 0.1 0.2 0.4 0.8)",
     )  # fmt: skip
     parser.add_argument(
-        "--stacked-deltas", "--stacked-delta", type=float, nargs="+", default=[], metavar="X",
+        "--stacked-deltas", type=float, nargs="+", default=[], metavar="X",
         help="bounds of the plans of `stacked` and `fewer` (default: the middle one of --deltas)",
     )  # fmt: skip
     parser.add_argument(
@@ -155,7 +155,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="searches but `paper`, `layer` and `random` save milliseconds of calls of --batch "
+        help="for `priced`, `stacked` and `fewer`: they save milliseconds of calls of --batch "
         "pictures, as FILE says (default: this GPU's); shapes it lacks are measured first",
     )
     parser.add_argument(

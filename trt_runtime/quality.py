@@ -58,7 +58,8 @@ def measure_quality(
         "versions": versions(),
         "git_commit": git_commit(),
         "variants": {name: VARIANTS[name]._asdict() for name in settings.variants},
-        "skipped": {k: v for k, v in missing_peers().items() if k in settings.variants},
+        "skipped": settings.skipped
+        | {k: v for k, v in missing_peers().items() if k in settings.variants},
     }
     made = {tuple(row["key"]) for row in report["rows"]}
     todo = [p for p in points(settings) if p.key not in made and p.variant not in report["skipped"]]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trt_runtime.marks import Numbers, PerCaption, bootstrap
-from trt_runtime.quality_settings import FEWER, OURS, OWN, STACKED, VARIANTS
+from trt_runtime.quality_settings import FEWER, OURS, OWN, PRICED, STACKED, VARIANTS
 
 POINTS = 9  # costs a pair of curves is compared at
 AXES = {
@@ -130,7 +130,7 @@ def _compared(ours: Curve, theirs: Curve, weights: Numbers, seed: int) -> dict[s
 
 
 def verdict(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give for each rival, axis and mark the better of our plan alone and stacked.
+    """Give for each rival, axis and mark the best of our plan, saving pairs or time, and stacked.
 
     Each other curve of ours is told by itself: with a choice among many one is soon never below.
     The better is one that is never below, then the one whose worst difference is better. Curves
@@ -138,7 +138,7 @@ def verdict(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     best: dict[tuple[str, ...], tuple[tuple[bool, float], dict[str, Any]]] = {}
     for pair in comparisons:
-        ours = OURS if pair["ours"] == STACKED else pair["ours"]
+        ours = OURS if pair["ours"] in (PRICED, STACKED) else pair["ours"]
         key = (ours, pair["rival"], pair["axis"], pair["mark"])
         rank = (False, -np.inf)
         if pair["saved"]:

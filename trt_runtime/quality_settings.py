@@ -26,13 +26,18 @@ class Variant(NamedTuple):
     how: str
 
 
-OURS, STACKED, FEWER = "both", "stacked", "fewer"
-OWN = (OURS, "gradient", FEWER, STACKED)  # what rivals are compared with
+OURS, PRICED, STACKED, FEWER = "both", "priced", "stacked", "fewer"
+OWN = (OURS, PRICED, "gradient", FEWER, STACKED)  # what rivals are compared with
 VARIANTS = {
     OURS: Variant(
         DELTA, "arrow and cache", "#1f3a5f", "o",
         "Modes of every head, buckets and schedule chosen together; delta bounds the mean of the "
         "errors over all steps and modules: one price of error for the whole run.",
+    ),
+    PRICED: Variant(
+        DELTA, "saving milliseconds", "#2b6f9e", "H",
+        "The search of `both` that saves the milliseconds of --prices in place of attention FLOPs; "
+        "with prices the plans of `stacked` and `fewer` do so too.",
     ),
     "arrow": Variant(
         DELTA, "arrow only", "#2a8c82", "^", "The same search without cached heads."
@@ -120,7 +125,7 @@ class Settings:
     step counts of the variant "steps"; none: FEWER_STEPS of `steps`. searches: of each plan found
     by a bound, each with noise of its own. thresholds: of the peers; stacked_deltas: of the plans
     that run with one, or with fewer steps; none: the middle one of deltas. prices: of calls of
-    `batch` pictures; the searches that save attention FLOPs then save milliseconds.
+    `batch` pictures, for the plans that save milliseconds: `priced`, and those at stacked_deltas.
     """
 
     captions: tuple[str, ...]
@@ -144,6 +149,13 @@ class Settings:
     seeds: int = 1
     source: str | None = None
     revision: str | None = None
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Variants that cannot be made with these settings, with the reason."""
+        if PRICED not in self.variants or self.prices is not None:
+            return {}
+        return {PRICED: "no prices: pass --prices on a GPU"}
 
     @property
     def pictures(self) -> int:

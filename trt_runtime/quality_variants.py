@@ -20,7 +20,7 @@ from plans.run import run_plan
 from plans.search import search_plan
 from trt_runtime.parity import Progress
 from trt_runtime.quality_peers import dbcache, first_block_cache
-from trt_runtime.quality_settings import FEWER, OURS, STACKED, Point, Settings
+from trt_runtime.quality_settings import FEWER, OURS, PRICED, STACKED, Point, Settings
 
 _FIRST_BLOCK = "transformer_blocks.0."
 
@@ -72,7 +72,7 @@ class Planner:
     def search(self, delta: float, search: int, **how: Any) -> Plan:
         """Search with plans.search."""
         settings = self.settings
-        how = {"prices": settings.prices, "steps": settings.steps} | how
+        how = {"steps": settings.steps} | how
         return search_plan(
             self.pipe, settings.calibration, height=settings.height,
             width=settings.width, delta=delta, block=settings.block,
@@ -82,6 +82,10 @@ class Planner:
             progress=lambda stage, at, of, _: self._progress(f"search, {stage}", at, of), **how,
         )  # fmt: skip
 
+    def priced(self, delta: float, search: int, **how: Any) -> Plan:
+        """Search for milliseconds, where there are prices."""
+        return self.search(delta, search, prices=self.settings.prices, **how)
+
     def under_cache(self, delta: float, search: int, threshold: float) -> Plan:
         """Search with FirstBlockCache around the transformer, whose first block caches no heads.
 
@@ -89,7 +93,7 @@ class Planner:
         could make it skip steps, where nothing is left that could be seen to err.
         """
         with first_block_cache(self.pipe, threshold):
-            return self.search(delta, search, uncached=self._first_block)
+            return self.priced(delta, search, uncached=self._first_block)
 
     def layerwise(self, delta: float, search: int) -> Plan:
         """Search with one mode per module and step."""
@@ -129,6 +133,7 @@ def shuffle_modes(plan: Plan, seed: Sequence[int]) -> Plan:
 
 _SEARCHES: dict[str, Callable[..., Plan]] = {
     OURS: Planner.search,
+    PRICED: Planner.priced,
     "arrow": partial(Planner.search, candidates=("arrow",)),
     "cache": partial(Planner.search, candidates=("cache",)),
     "output": partial(Planner.search, error_weights="output"),
@@ -136,7 +141,7 @@ _SEARCHES: dict[str, Callable[..., Plan]] = {
     "stream-dt": partial(Planner.search, error_weights="stream-dt"),
     "gradient": partial(Planner.search, error_weights="gradient"),
     "joint": partial(Planner.search, method="joint"),
-    "paper": partial(Planner.search, method="progressive", prices=None),
+    "paper": partial(Planner.search, method="progressive"),
     "layer": Planner.layerwise,
     STACKED: Planner.under_cache,
     "random": Planner.shuffled,
@@ -198,7 +203,7 @@ def _plan_of(
 
 _RUNS: dict[str, Callable[[Planner, Point], Run]] = {
     "steps": _fewer_steps,
-    FEWER: partial(_follow, search=OURS),
+    FEWER: partial(_follow, search=PRICED),
     "first-block-cache": partial(_peer, first_block_cache),
     "dbcache": partial(_peer, dbcache),
     "stacked": _stacked,

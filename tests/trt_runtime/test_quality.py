@@ -278,7 +278,7 @@ def test_results_are_neither_overwritten_nor_mixed(pipe: Any, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variants": ("all",)}, r"variants \| got \['all'\]; expected some of both, arrow"),
+        ({"variants": ("all",)}, r"variants \| got \['all'\]; expected some of both, priced"),
         ({"captions": ()}, "captions .* expected one or more"),
         ({"calibration": ("picture 1",)}, "prompts that are not marked"),
         ({"fewer_steps": (4,)}, "expected counts in 1..3"),
@@ -319,7 +319,7 @@ def test_command(
     assert arguments.run(arguments) == 0
     report = json.loads((tmp_path / "out" / RESULTS).read_text())
     variants = [row["variant"] for row in report["rows"]]
-    assert set(variants) == set(VARIANTS) - set(missing_peers())
+    assert set(variants) == set(VARIANTS) - {"priced", *missing_peers()}
     assert all("interval_points" in row for row in report["rows"])
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     page = (tmp_path / "out" / "quality.html").read_text()
@@ -330,6 +330,7 @@ def test_command(
     assert quality_page.main([str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "curves.png").exists()
     assert quality_page.main([str(tmp_path)]) == 2
-    for name, why in missing_peers().items():
+    skipped = missing_peers() | {"priced": "no prices: pass --prices on a GPU"}
+    for name, why in skipped.items():
         assert f"skipped {name}: {why}" in printed and name in page
     assert all(row["name"] in page for row in report["rows"])

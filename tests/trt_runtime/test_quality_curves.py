@@ -101,6 +101,7 @@ def test_each_further_curve_of_ours_is_told_by_itself() -> None:
     pairs = [
         {"rival": "layer", "axis": "a", "mark": "m", "ours": ours, "saved": [0.1],
          "never_below": good, "difference": [1.0 if good else -1.0]}
-        for ours, good in (("both", False), ("stacked", True), ("pooled", False), ("fewer", True))
+        for ours, good in (("both", False), ("stacked", True), ("priced", False),
+                           ("gradient", False), ("fewer", True))
     ]  # fmt: skip
-    assert [pair["ours"] for pair in verdict(pairs)] == ["stacked", "pooled", "fewer"]
+    assert [pair["ours"] for pair in verdict(pairs)] == ["stacked", "gradient", "fewer"]

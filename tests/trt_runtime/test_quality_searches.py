@@ -44,17 +44,27 @@ def test_searches_with_other_weights_and_with_prices(pipe: Any, tmp_path: Path) 
     shapes = {shape_of(module, 2 * settings.batch) for module in modules}
     cost = {FULL: 1.0, CACHED: 0.1} | {window: 2.0 for window in range(5)}
     prices = Prices("a GPU", "0123", tuple(Price(s, cost, 0.2) for s in shapes), settings.batch)
-    priced = replace(settings, variants=("both", "paper"), prices=prices)
+    variants = ("both", "priced", "fewer")
+    priced = replace(settings, variants=variants, fewer_steps=(2,), prices=prices)
     report = measure_quality(pipe, priced, tmp_path / "priced", verdicts=verdicts)
     told = report["settings"]["prices"]
     assert (told["device"], told["batch"]) == ("a GPU", settings.batch)
     assert told["ms"][0]["-2"] == pytest.approx(0.1)
-    ours, paper = (load_plan(tmp_path / "priced" / row["plan"]) for row in report["rows"])
-    modes = {mode for b in ours.buckets for row in b.modes.values() for mode in row}
-    assert modes <= {FULL, CACHED} and ours.search is not None and paper.search is not None
-    assert ours.search["prices"]["batch"] == settings.batch and "prices" not in paper.search
+    ours, *saving_time = (load_plan(tmp_path / "priced" / row["plan"]) for row in report["rows"])
+    assert ours.search is not None and "prices" not in ours.search
+    for plan in saving_time:
+        modes = {mode for b in plan.buckets for row in b.modes.values() for mode in row}
+        assert modes <= {FULL, CACHED} and plan.search is not None
+        assert plan.search["prices"]["batch"] == settings.batch
     with pytest.raises(ArrowheadError, match="settings of .*prices"):
         measure_quality(pipe, replace(priced, prices=None), tmp_path / "priced", resume=True)
+
+
+def test_without_prices_no_plan_saves_milliseconds(pipe: Any, tmp_path: Path) -> None:
+    settings = base_settings(deltas=(0.8,), variants=("priced", "steps"), fewer_steps=(2,))
+    report = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)
+    assert [row["variant"] for row in report["rows"]] == ["steps"]
+    assert report["skipped"] == {"priced": "no prices: pass --prices on a GPU"}
 
 
 def test_prices_are_those_of_the_batch(pipe: Any, tmp_path: Path) -> None:
