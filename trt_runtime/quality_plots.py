@@ -155,15 +155,16 @@ def _label(axes: Any, x: str, y: str) -> None:
 
 
 def _draw_lines(axes: Any, rows: Sequence[Row], x: Value, y: Value) -> None:
-    """Draw one line per variant, told apart by colour and marker."""
+    """Draw the lines of each variant, told apart by colour and marker."""
     for name, variant in VARIANTS.items():
         own = sorted((row for row in rows if row["variant"] == name), key=x)
         if not own:
             continue
         xs, ys = [x(row) for row in own], [y(row) for row in own]
-        one_knob = len({row["delta"] for row in own}) == 1 or variant.knob == DELTA
-        axes.plot(xs, ys, color=variant.colour, marker=variant.marker, markersize=5,
-                  linewidth=1.3 if one_knob else 0, label=variant.label)  # fmt: skip
+        for i, line in enumerate(_lines(own, variant.knob)):
+            axes.plot([x(row) for row in line], [y(row) for row in line], color=variant.colour,
+                      marker=variant.marker, markersize=5, linewidth=1.3,
+                      label=None if i else variant.label)  # fmt: skip
         if all("interval_points" in row and y(row) == 100 * row["accuracy"] for row in own):
             # The interval is of the difference: around the point it says how far zero is.
             spread = [
@@ -176,6 +177,14 @@ def _draw_lines(axes: Any, rows: Sequence[Row], x: Value, y: Value) -> None:
             text = f"{row[variant.knob]:g}"
             axes.annotate(text, (at_x, at_y), textcoords="offset points", xytext=(4, 5),
                           fontsize=6, color=variant.colour)  # fmt: skip
+
+
+def _lines(rows: Sequence[Row], knob: str) -> list[list[Row]]:
+    """Split rows into lines: one, or where another knob is turned too one for each delta."""
+    if knob == DELTA:
+        return [list(rows)]
+    deltas = dict.fromkeys(row["delta"] for row in rows)
+    return [[row for row in rows if row["delta"] == delta] for delta in deltas]
 
 
 def _draw_steps(figure: Any, rows: Sequence[Row]) -> None:
