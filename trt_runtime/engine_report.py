@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.bundle import ITEM_BYTES
+from plans.cache_flow import cache_flow
 from plans.plan import Plan
 from plans.tiles import CACHED, FULL
 from trt_runtime.bundles import open_bundle
@@ -43,9 +44,20 @@ def estimate(folder: Path | str, weights: str) -> dict[str, int]:
         "weights": copies,
         "caches": report["cache_bytes"],
         "inputs and outputs": max(graph["io"] for graph in buckets),
-        "activations (about)": bundle.batch * tokens * hidden * _LIVE_WIDTHS * item,
+        "activations (about)": bundle.batch * item * (tokens * hidden * _LIVE_WIDTHS + _kept(plan)),
     }
     return {**needed, "together": sum(needed.values())}
+
+
+def _kept(plan: Plan) -> int:
+    """Items of a row that the outputs have which one bucket writes caches from, at most."""
+    groups = cache_flow(plan).groups
+    sizes = {m.name: m.layout.seq_len * m.heads * m.head_dim for m in plan.modules}
+    writers = [
+        {group.module for group in groups if bucket in group.writers}
+        for bucket in range(len(plan.buckets))
+    ]
+    return max(sum(sizes[name] for name in names) for names in writers)
 
 
 def builder_memory(folder: Path | str, weights: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plans.bundle import Bundle, EngineSpec, TensorSpec, WeightSpec, load_bundle
+from plans.bundle import ITEM_BYTES, Bundle, EngineSpec, TensorSpec, WeightSpec, load_bundle
 from plans.cache_flow import cache_flow
 from plans.plan import Plan
 from plans.tiles import CACHED
@@ -316,10 +316,18 @@ def test_ctrl_c_leaves_nothing_that_looks_like_an_engine(
 
 
 def test_the_estimate_adds_up(bundles: Callable[[str], Made]) -> None:
-    folder, bundle, _ = bundles("sd3")
+    folder, bundle, plan = bundles("sd3")
     shared, embedded = estimate(folder, "shared"), estimate(folder, "embedded")
     assert shared["weights"] < embedded["weights"]
     assert shared["weights"] <= (folder / bundle.weights_file).stat().st_size
     assert shared["together"] == sum(shared.values()) - shared["together"]
+    # A block's own, and what each module put out that the first bucket writes caches from.
+    module = plan.modules[0]
+    widest = module.layout.seq_len * module.heads * module.head_dim
+    caching = {group.module for group in cache_flow(plan).groups if 0 in group.writers}
+    assert 1 < len(caching) < len(plan.modules)
+    item = ITEM_BYTES[bundle.dtype] * bundle.batch
+    assert shared["activations (about)"] > item * widest * (20 + len(caching) - 1)
+    assert shared["activations (about)"] <= item * widest * (20 + len(plan.modules))
     host = builder_memory(folder, "embedded") - builder_memory(folder, "shared")
     assert host > 3 * (embedded["weights"] / len(bundle.graphs))
