@@ -173,8 +173,8 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3  # warnings about unused initializers say nothing to a user
         options.intra_op_num_threads = self.settings.threads
         # Buckets take turns on the same cores, each with threads of its own, and PyTorch between
-        # them: those that spin for more work keep the next from a core.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # them: those that went on spinning for work after a run would keep the next from a core.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.settings.profile is not None:
             options.enable_profiling = True
             prefix = self.settings.profile / self._path.stem
