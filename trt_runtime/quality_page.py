@@ -82,10 +82,12 @@ def _verdicts(report: dict[str, Any]) -> Iterator[str]:
         return
     yield "<h2>Against the others at equal cost</h2>"
     yield (
-        "<p class='note'>The better of `both`, alone or on a step cache, less the other, and each "
-        "other curve of ours by itself, "
-        "interpolated between rows over the range that both cover. Never below: at no cost is the "
-        "paired 95 % interval wholly under zero. Above: over the middle half of the range.</p>"
+        "<p class='note'>The best of our plan, `both`, `priced` or `stacked`, less the other, and "
+        "each other curve of ours by itself, "
+        "interpolated between rows over the range that both cover; `stacked` and `fewer`, which "
+        "turn two knobs, between those of their rows that none of them beats. "
+        "Never below: at no cost is the paired 95 % interval wholly under zero. "
+        "Above: over the middle half of the range.</p>"
     )
     header = (
         "other", "ours", "mark", "equal", "range", "difference, least to most", "never below",

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+FIRST_BLOCK = "transformer_blocks.0."  # what FirstBlockCache decides by, of SD3 and FLUX
+
 
 def missing_peers() -> dict[str, str]:
     """Name the peers that cannot run here, with the reason."""

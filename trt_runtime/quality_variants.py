@@ -19,10 +19,8 @@ from plans.plan import Bucket, Plan, load_plan, save_plan
 from plans.run import run_plan
 from plans.search import search_plan
 from trt_runtime.parity import Progress
-from trt_runtime.quality_peers import dbcache, first_block_cache
+from trt_runtime.quality_peers import FIRST_BLOCK, dbcache, first_block_cache
 from trt_runtime.quality_settings import FEWER, OURS, PRICED, STACKED, Point, Settings
-
-_FIRST_BLOCK = "transformer_blocks.0."
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Planner:
         modules: Sequence[str],
     ) -> None:  # fmt: skip
         self.pipe, self.settings = pipe, settings
-        self._first_block = [name for name in modules if name.startswith(_FIRST_BLOCK)]
+        self._first_block = [name for name in modules if name.startswith(FIRST_BLOCK)]
         self._folder, self._progress = folder / "plans", progress
         self._known = {path.name for path in self._folder.glob("*.json")} if resumed else set()
 
@@ -170,15 +168,15 @@ def _peer(
 
 
 def _stacked(planner: Planner, point: Point) -> Run:
-    assert point.threshold is not None
-    plan, facts = _plan_of(planner, STACKED, point, threshold=point.threshold)
+    threshold = point.threshold
+    assert threshold is not None
+    plan, facts = _plan_of(planner, STACKED, point, threshold=threshold)
 
     @contextmanager
     def installed() -> Iterator[None]:
-        assert point.threshold is not None
         with (
             run_plan(planner.pipe, plan, every_write(plan)),
-            first_block_cache(planner.pipe, point.threshold),
+            first_block_cache(planner.pipe, threshold),
         ):
             yield
 
@@ -206,5 +204,5 @@ _RUNS: dict[str, Callable[[Planner, Point], Run]] = {
     FEWER: partial(_follow, search=PRICED),
     "first-block-cache": partial(_peer, first_block_cache),
     "dbcache": partial(_peer, dbcache),
-    "stacked": _stacked,
+    STACKED: _stacked,
 }

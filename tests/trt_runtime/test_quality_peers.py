@@ -19,7 +19,7 @@ from plans.search import search_plan
 from tests.trt_runtime.test_quality import Bundles, base_settings
 from trt_runtime.pipeline import load_source_pipeline
 from trt_runtime.quality_draw import Artist, Drawn, work_saved
-from trt_runtime.quality_peers import dbcache, first_block_cache, missing_peers
+from trt_runtime.quality_peers import FIRST_BLOCK, dbcache, first_block_cache, missing_peers
 
 STEPS, MODULES = 4, {"sd3": 4, "flux": 3}  # SD3's first block has two attention modules
 
@@ -127,7 +127,7 @@ def test_a_plan_is_searched_under_a_step_cache(pipe: Any, kind: str) -> None:
         max_buckets=STEPS,
         guidance_scale=s.guidance_scale,
     )
-    first = [m.name for m in bare(pipe).modules if m.name.startswith("transformer_blocks.0.")]
+    first = [m.name for m in bare(pipe).modules if m.name.startswith(FIRST_BLOCK)]
     assert len(first) == (2 if kind == "sd3" else 1)
     with first_block_cache(pipe, 1e9):
         plan = search_plan(pipe, s.captions[:1], uncached=first, **how)

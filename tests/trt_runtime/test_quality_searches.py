@@ -22,6 +22,7 @@ from trt_runtime.cli_quality import _prices
 from trt_runtime.pipeline import load_source_pipeline
 from trt_runtime.quality import measure_quality
 from trt_runtime.quality_page import write_page
+from trt_runtime.quality_peers import FIRST_BLOCK
 from trt_runtime.quality_report import spread
 
 
@@ -44,14 +45,17 @@ def test_searches_with_other_weights_and_with_prices(pipe: Any, tmp_path: Path) 
     shapes = {shape_of(module, 2 * settings.batch) for module in modules}
     cost = {FULL: 1.0, CACHED: 0.1} | {window: 2.0 for window in range(5)}
     prices = Prices("a GPU", "0123", tuple(Price(s, cost, 0.2) for s in shapes), settings.batch)
-    variants = ("both", "priced", "fewer")
+    variants = ("both", "paper", "priced", "fewer")
     priced = replace(settings, variants=variants, fewer_steps=(2,), prices=prices)
     report = measure_quality(pipe, priced, tmp_path / "priced", verdicts=verdicts)
     told = report["settings"]["prices"]
     assert (told["device"], told["batch"]) == ("a GPU", settings.batch)
     assert told["ms"][0]["-2"] == pytest.approx(0.1)
-    ours, *saving_time = (load_plan(tmp_path / "priced" / row["plan"]) for row in report["rows"])
-    assert ours.search is not None and "prices" not in ours.search
+    plans = {r["variant"]: load_plan(tmp_path / "priced" / r["plan"]) for r in report["rows"]}
+    assert list(plans) == ["both", "paper", "priced", "fewer"]
+    saving_time = [plans.pop("priced"), plans.pop("fewer")]
+    for plan in plans.values():
+        assert plan.search is not None and "prices" not in plan.search
     for plan in saving_time:
         modes = {mode for b in plan.buckets for row in b.modes.values() for mode in row}
         assert modes <= {FULL, CACHED} and plan.search is not None
@@ -135,7 +139,16 @@ def test_plans_under_a_step_cache_are_searched_for_its_threshold(pipe: Any, tmp_
     settings = base_settings(
         deltas=(), stacked_deltas=(0.2, 0.8), thresholds=(1e-9, 1e9), variants=("stacked",)
     )
-    rows = measure_quality(pipe, settings, tmp_path, verdicts=verdicts)["rows"]
+    one = replace(settings, stacked_deltas=(0.2,))
+    first_rows = measure_quality(pipe, one, tmp_path, verdicts=verdicts)["rows"]
+    seen: list[str] = []
+    rows = measure_quality(
+        pipe, settings, tmp_path, verdicts=verdicts, resume=True,
+        progress=lambda what, *_: seen.append(what),
+    )["rows"]  # fmt: skip
+    assert rows[:2] == first_rows  # neither drawn nor searched again
+    searched = {what.split(":")[0] for what in seen if "search" in what}
+    assert searched == {row["name"] for row in rows[2:]}
     assert [row["name"] for row in rows] == [
         f"stacked, delta {delta:g}, threshold {threshold:g}"
         for delta in (0.2, 0.8) for threshold in (1e-9, 1e9)
@@ -143,7 +156,7 @@ def test_plans_under_a_step_cache_are_searched_for_its_threshold(pipe: Any, tmp_
     never, always = (load_plan(tmp_path / row["plan"]) for row in rows[2:])
     for plan in (never, always):
         first = [plan.modes_at(step)[m.name] for step in range(plan.steps) for m in plan.modules if
-                 m.name.startswith("transformer_blocks.0.")]  # fmt: skip
+                 m.name.startswith(FIRST_BLOCK)]  # fmt: skip
         assert CACHED not in {mode for row in first for mode in row}
     assert len(never.buckets) > 1 == len(always.buckets)
     assert rows[3]["transformer_flops_saved"] == pytest.approx(rows[1]["transformer_flops_saved"])
