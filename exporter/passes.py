@@ -40,6 +40,7 @@ def tidy(model: ir.Model) -> None:
     passes.NameFixPass()(model)
     for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
         del model.graph.initializers[name]
+    _copy_whole_caches(model.graph)
     _name_attention(model.graph)
     _name_batch(model.graph)
     _forget_origin(model)
@@ -116,6 +117,19 @@ def _row_range(node: ir.Node) -> tuple[int, int] | None:
     if len(bounds) < 3 or min(bounds[:2]) < 0 or bounds[2:] not in ([0], [0, 1]):
         return None
     return bounds[0], bounds[1]
+
+
+def _copy_whole_caches(graph: ir.Graph) -> None:
+    """Let a cache of all heads of a module be a copy of the operator's output, as others are."""
+    for place, value in enumerate(list(graph.outputs)):
+        operator = value.producer()
+        if operator is None or operator.domain != DOMAIN:
+            continue
+        copy = ir.node("Identity", [value])
+        copy.outputs[0].name, value.name = value.name, None
+        copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+        graph.insert_after(operator, copy)
+        graph.outputs[place] = copy.outputs[0]
 
 
 def _name_attention(graph: ir.Graph) -> None:

@@ -178,8 +178,11 @@ class BucketHeads:
     ) -> Tensor:
         work = self._work[module.name]
         merged = self._merge(module, work, q, k, v)
-        for name in work.writes:
-            self.cache_out[name] = merged.index_select(2, work.index(name, merged.device))
+        for name, runs in work.writes.items():
+            # Slices, not an index: TensorRT-RTX puts a Gather off to the end of the graph, and
+            # holds what it reads until then.
+            parts = [merged[:, :, first:end] for first, end in runs]
+            self.cache_out[name] = torch.cat(parts, dim=2)
         return merged
 
     def _merge(
@@ -200,7 +203,7 @@ class BucketHeads:
             return ops.cached_head(q, k, v, cache, scale, *shape, list(work.source))
         if work.source == tuple(range(module.heads)):
             return cache
-        return cache.index_select(2, work.index("source", cache.device))
+        return cache.index_select(2, work.source_on(cache.device))
 
     def _cache(self, names: Sequence[str]) -> Tensor:
         missing = [name for name in names if name not in self.cache_in]
@@ -228,18 +231,16 @@ class _ModuleWork:
         self.computed = tuple(head for head, mode in enumerate(modes) if mode != CACHED)
         self.half_windows = tuple(modes[head] for head in self.computed)
         self.reads = tuple(group.name for group in reads)
-        self.writes = tuple(group.name for group in writes)
+        self.writes = {group.name: runs_of(group.heads) for group in writes}
         order = self.computed + tuple(head for group in reads for head in group.heads)
         self.source = tuple(order.index(head) for head in range(len(modes)))
-        self._indices = {group.name: torch.tensor(group.heads, device=device) for group in writes}
-        self._indices["source"] = torch.tensor(self.source, device=device)
+        self._source = torch.tensor(self.source, device=device)
 
-    def index(self, name: str, device: torch.device) -> Tensor:
-        """Give an index tensor on `device`, moved there once."""
-        index = self._indices[name]
-        if index.device != device:
-            index = self._indices[name] = index.to(device)
-        return index
+    def source_on(self, device: torch.device) -> Tensor:
+        """Give `source` as a tensor on `device`, moved there once."""
+        if self._source.device != device:
+            self._source = self._source.to(device)
+        return self._source
 
 
 def install(
@@ -275,12 +276,15 @@ def _project(layer: nn.Linear, x: Tensor, heads: tuple[int, ...], head_dim: int)
 
 def _rows(weight: Tensor, heads: tuple[int, ...], head_dim: int) -> Tensor:
     # Slices of contiguous rows, not an index: in a graph each is a byte range of the weights file.
-    parts, start = [], 0
-    for i in range(1, len(heads) + 1):
-        if i == len(heads) or heads[i] != heads[i - 1] + 1:
-            parts.append(weight[heads[start] * head_dim : (heads[i - 1] + 1) * head_dim])
-            start = i
+    parts = [weight[first * head_dim : end * head_dim] for first, end in runs_of(heads)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def runs_of(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut ascending numbers into runs without a gap: the first of each, and one past the last."""
+    starts = [i for i, head in enumerate(heads) if i == 0 or head != heads[i - 1] + 1]
+    ends = [*starts[1:], len(heads)]
+    return [(heads[a], heads[b - 1] + 1) for a, b in zip(starts, ends, strict=True)]
 
 
 def _normalise(attn: Any, name: str, x: Tensor) -> Tensor:

@@ -152,10 +152,10 @@ def with_first_arrows(plan: Plan) -> Plan:
     return replace(plan, buckets=(bucket, *plan.buckets[1:]))
 
 
-def with_modes(plan: Plan, modes: dict[str, tuple[int, ...]]) -> Plan:
-    """The plan with bucket 1's modes replaced for some modules."""
+def with_modes(plan: Plan, modes: dict[str, tuple[int, ...]], bucket: int = 1) -> Plan:
+    """The plan with a bucket's modes replaced for some modules."""
     buckets = list(plan.buckets)
-    buckets[1] = Bucket({**buckets[1].modes, **modes})
+    buckets[bucket] = Bucket({**buckets[bucket].modes, **modes})
     return replace(plan, buckets=tuple(buckets))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plans.bundle import ITEM_BYTES
-from plans.cache_flow import cache_flow
+from plans.bundle import ITEM_BYTES, GraphSpec
 from plans.plan import Plan
 from plans.tiles import CACHED, FULL
 from trt_runtime.bundles import open_bundle
-from trt_runtime.inspection import inspect_bundle
+from trt_runtime.engine import CACHE_OUT
+from trt_runtime.inspection import inspect_bundle, tensor_bytes
 
 HEADER = (
     "graph", "steps", "layers with full", "arrow", "cached", "engine", "weights", "activations",
@@ -31,7 +31,8 @@ def estimate(folder: Path | str, weights: str) -> dict[str, int]:
 
     weights: shared (one copy), or embedded or stripped (a copy in every bucket's engine). Exact but
     for the activations, which TensorRT plans while it builds: they are of a plain transformer
-    block, with the plugins; inlined function bodies hold S x S scores too.
+    block, with the plugins, and of what a bucket writes to caches, which TensorRT-RTX holds a
+    second time until its end; inlined function bodies hold S x S scores too.
     """
     report = inspect_bundle(folder)
     bundle, plan = open_bundle(folder)
@@ -39,25 +40,19 @@ def estimate(folder: Path | str, weights: str) -> dict[str, int]:
     copies = report["weights_shared" if weights == "shared" else "weights_embedded"]
     tokens = max(module.layout.seq_len for module in plan.modules)
     hidden = max(module.heads * module.head_dim for module in plan.modules)
-    item = ITEM_BYTES[bundle.dtype]
+    block = bundle.batch * ITEM_BYTES[bundle.dtype] * tokens * hidden * _LIVE_WIDTHS
     needed = {
         "weights": copies,
         "caches": report["cache_bytes"],
         "inputs and outputs": max(graph["io"] for graph in buckets),
-        "activations (about)": bundle.batch * item * (tokens * hidden * _LIVE_WIDTHS + _kept(plan)),
+        "activations (about)": block + max(_written(g, bundle.batch) for g in bundle.graphs),
     }
     return {**needed, "together": sum(needed.values())}
 
 
-def _kept(plan: Plan) -> int:
-    """Items of a row that the outputs have which one bucket writes caches from, at most."""
-    groups = cache_flow(plan).groups
-    sizes = {m.name: m.layout.seq_len * m.heads * m.head_dim for m in plan.modules}
-    writers = [
-        {group.module for group in groups if bucket in group.writers}
-        for bucket in range(len(plan.buckets))
-    ]
-    return max(sum(sizes[name] for name in names) for names in writers)
+def _written(graph: GraphSpec, batch: int) -> int:
+    caches = (spec for spec in graph.outputs if spec.name.startswith(CACHE_OUT))
+    return sum(tensor_bytes(spec, batch) for spec in caches)
 
 
 def builder_memory(folder: Path | str, weights: str) -> int:

@@ -32,8 +32,10 @@ class Exported:
         self.model, self.folder = model, folder
         self.plan = with_first_arrows(random_plan(model, seed=3, buckets=3, steps=6))
         # Runs of heads, lone heads and a whole module from the cache, in one bucket.
-        last = self.plan.modules[-1].name
+        first, last = self.plan.modules[0].name, self.plan.modules[-1].name
         self.plan = with_modes(self.plan, {last: (-2, 0, -2, -1)})
+        # All heads of the first module in one cache group.
+        self.plan = with_modes(self.plan, {first: (-2,) * 4}, bucket=2)
         self.before = {n: id(m) for n, m in model.named_modules()}
         self.bundle = export_bundle(model, self.plan, folder, dtype="float32", batch=BATCH)
 
@@ -206,6 +208,21 @@ def test_merged_heads_are_named_after_their_module(exported: Exported) -> None:
     model = onnx.load(exported.folder / exported.bundle.graph(0).file, load_external_data=False)
     outputs = {x.output[0] for x in model.graph.node if x.domain == "arrowhead"}
     assert outputs == {f"merged.{module.name}" for module in exported.plan.modules}
+
+
+def test_caches_are_slices_of_the_merged_heads(exported: Exported) -> None:
+    """TensorRT-RTX runs a Gather last, and holds what it reads until then."""
+    kinds = set()
+    for graph in exported.bundle.graphs:
+        model = onnx.load(exported.folder / graph.file, load_external_data=False)
+        made_by = {name: node for node in model.graph.node for name in node.output}
+        for spec in graph.outputs:
+            if spec.name.startswith("cache_out."):
+                last = made_by[spec.name]
+                parts = [made_by[x] for x in last.input] if last.op_type == "Concat" else [last]
+                kinds |= {last.op_type, *(part.op_type for part in parts)}
+                assert all(made_by[part.input[0]].domain == "arrowhead" for part in parts)
+    assert kinds == {"Concat", "Slice", "Identity"}  # several runs of heads, a run, all heads
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
