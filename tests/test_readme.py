@@ -20,8 +20,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Lines of shell blocks, without comments."""
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    """Lines of shell blocks, continued ones joined, without comments."""
+    whole = [block.replace("\\\n", " ") for block in blocks("sh")]
+    lines = [line.split("#")[0].strip() for block in whole for line in block.splitlines()]
     return [line for line in lines if line]
 
 
