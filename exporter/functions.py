@@ -1,4 +1,4 @@
-"""Both operators as ONNX functions in standard operators.
+"""The operators as ONNX functions in standard operators.
 
 Every model file carries them, so a runtime without a kernel for the operators still runs the graph.
 The bodies hold for any batch, token count and attribute; what depends on attributes and shapes
@@ -21,6 +21,7 @@ DOMAIN = "arrowhead"
 VERSION = 1
 OPSET = 20
 
+ATTENTION = ("ArrowAttention", "CachedHead")
 LAYOUT_ATTRIBUTES = ("scale", "text_tokens", "text_first", "block", "half_windows")
 
 # Heads are grouped by half window; the last group takes all that are left, at the widest window
@@ -38,8 +39,8 @@ _MASKED = -1e30
 
 
 def function_protos() -> list[FunctionProto]:
-    """Build the function bodies of ArrowAttention and CachedHead."""
-    return [_arrow_attention(), _cached_head()]
+    """Build the function bodies of the operators."""
+    return [_arrow_attention(), _cached_head(), _head_norm(), _head_rotary()]
 
 
 def _arrow_attention() -> FunctionProto:
@@ -57,6 +58,33 @@ def _cached_head() -> FunctionProto:
     body.emit("Gather", both, source, name="merged", axis=2)
     attributes = (*LAYOUT_ATTRIBUTES, "source")
     return _function("CachedHead", ["q", "k", "v", "cache"], "merged", attributes, body)
+
+
+# Not ONNX 23's RMSNormalization and RotaryEmbedding: TensorRT's parser knows these by name alone,
+# and its RotaryEmbedding refuses fp32 tables beside 16-bit heads.
+def _head_norm() -> FunctionProto:
+    body = _Body()
+    x, weight = (body.Cast(name, to=TensorProto.FLOAT) for name in ("x", "weight"))
+    mean = body.ReduceMean(body.Pow(x, body.floating(2.0)), body.ints(-1), keepdims=1)
+    epsilon = body.attribute("epsilon", "value_float")
+    normal = body.Div(x, body.Sqrt(body.Add(mean, epsilon)))
+    body.emit("CastLike", body.Mul(normal, weight), "x", name="o")
+    return _function("HeadNorm", ["x", "weight"], "o", ("epsilon",), body)
+
+
+def _head_rotary() -> FunctionProto:
+    body = _Body()
+    pairs = body.Reshape("x", body.ints(0, 0, 0, -1, 2))
+    last, split = body.ints(-1), [body.ints(end) for end in range(3)]
+    a, b = (body.Slice(pairs, split[i], split[i + 1], last) for i in range(2))
+    turned = body.Reshape(body.Concat(body.Neg(b), a, axis=-1), body.Shape("x"))
+    cos, sin = (body.Unsqueeze(table, body.ints(0, 2)) for table in ("cos", "sin"))
+    products = (
+        body.Mul(body.Cast(x, to=TensorProto.FLOAT), table)
+        for x, table in (("x", cos), (turned, sin))
+    )
+    body.emit("CastLike", body.Add(*products), "x", name="o")
+    return _function("HeadRotary", ["x", "cos", "sin"], "o", (), body)
 
 
 def _function(

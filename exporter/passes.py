@@ -7,7 +7,7 @@ import onnx_ir.passes.common as passes
 import torch
 from onnxscript import optimizer
 
-from exporter.functions import DOMAIN, function_protos
+from exporter.functions import ATTENTION, DOMAIN, function_protos
 from exporter.patches import simplify
 from plans.bundle import BATCH
 
@@ -47,7 +47,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def add_functions(model: ir.Model) -> None:
-    """Let the model carry both operators' bodies, used or not."""
+    """Let the model carry the operators' bodies, used or not."""
     for proto in function_protos():
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
@@ -123,7 +123,7 @@ def _copy_whole_caches(graph: ir.Graph) -> None:
     """Let a cache of all heads of a module be a copy of the operator's output, as others are."""
     for place, value in enumerate(list(graph.outputs)):
         operator = value.producer()
-        if operator is None or operator.domain != DOMAIN:
+        if operator is None or operator.op_type not in ATTENTION:
             continue
         copy = ir.node("Identity", [value])
         copy.outputs[0].name, value.name = value.name, None
@@ -133,9 +133,9 @@ def _copy_whole_caches(graph: ir.Graph) -> None:
 
 
 def _name_attention(graph: ir.Graph) -> None:
-    """Name each operator after its attention module, and its output `merged.<module>`."""
+    """Name each attention after its module, and its output `merged.<module>`."""
     for node in graph:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type not in ATTENTION:
             continue
         # TensorRT's parser looks here for a plugin; where it finds none by this name it takes the
         # function body, and by the domain alone it would take the body always.

@@ -28,16 +28,23 @@ def custom_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.arrowhead.arrow_attention.default: _arrow_attention,
         torch.ops.arrowhead.cached_head.default: _cached_head,
+        torch.ops.arrowhead.rotary_embedding.default: _head_rotary,
+        torch.ops.aten.rms_norm.default: _head_norm,
         torch.ops.aten.linear.default: _linear,
     }
 
 
-def _operator(name: str, inputs: Sequence[str], attributes: dict[str, Any]) -> values.Op:
+def _operator(
+    name: str, inputs: Sequence[str], attributes: dict[str, Any], tables: Sequence[str] = ()
+) -> values.Op:
     schema = _Schema(
         name,
         DOMAIN,
         VERSION,
-        inputs=[_Schema.FormalParameter(x, "T") for x in inputs],
+        inputs=[
+            *(_Schema.FormalParameter(x, "T") for x in inputs),
+            *(_Schema.FormalParameter(x, "tensor(float)") for x in tables),
+        ],
         outputs=[_Schema.FormalParameter("o", "T")],
         type_constraints=[("T", _FLOATS, "")],
         attributes=[_Schema.Attribute(n, kind, required=True) for n, kind in attributes.items()],
@@ -49,6 +56,8 @@ _ArrowAttention = _operator("ArrowAttention", "qkv", _LAYOUT)
 _CachedHead = _operator(
     "CachedHead", [*"qkv", "cache"], {**_LAYOUT, "source": _Schema.AttrType.INTS}
 )
+_HeadNorm = _operator("HeadNorm", ["x", "weight"], {"epsilon": _Schema.AttrType.FLOAT})
+_HeadRotary = _operator("HeadRotary", ["x"], {}, tables=["cos", "sin"])
 
 
 def _arrow_attention(
@@ -97,6 +106,18 @@ def _cached_head(
         half_windows=list(half_windows),
         source=list(source),
     )
+
+
+def _head_rotary(x: Any, cos: Any, sin: Any) -> Any:
+    return _HeadRotary(x, cos, sin)
+
+
+def _head_norm(
+    x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Any:
+    # Of heads, as SD3 and FLUX have them; they have no other.
+    assert len(normalized_shape) == 1 and weight is not None and eps is not None
+    return _HeadNorm(x, weight, epsilon=eps)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:

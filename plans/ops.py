@@ -1,9 +1,9 @@
 """The operators as torch.library ops, so that torch.export and torch.compile keep them whole.
 
-Importing this module registers `torch.ops.arrowhead.arrow_attention` and `.cached_head`, which
-exported graphs hold, and `.attend` and `.linear_gelu`, which compiled transformers call. The
-implementation for every device is the reference; a kernel library adds a faster one with
-`plans.ops.arrow_attention.register_kernel("cuda")`.
+Importing this module registers `torch.ops.arrowhead.arrow_attention`, `.cached_head` and
+`.rotary_embedding`, which exported graphs hold, and `.attend` and `.linear_gelu`, which compiled
+transformers call. The implementation for every device is the reference; a kernel library adds a
+faster one with `plans.ops.arrow_attention.register_kernel("cuda")`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,26 @@ def _(  # type: ignore[no-untyped-def]
     q, k, v, cache, scale, text_tokens, text_first, block, half_windows, source
 ):
     return q.new_empty(q.shape[0], q.shape[1], len(source), q.shape[3])
+
+
+@torch.library.custom_op(
+    "arrowhead::rotary_embedding",
+    mutates_args=(),
+    schema="(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+)
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of each head by its token's angles, in fp32: [B, S, h, D] -> [B, S, h, D].
+
+    cos, sin: fp32 [S, D]. For graphs, which hold it whole: diffusers' own takes eleven operators.
+    """
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(x, (cos, sin), sequence_dim=1)
+
+
+@rotary_embedding.register_fake
+def _(x, cos, sin):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(

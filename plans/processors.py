@@ -289,10 +289,24 @@ def runs_of(heads: Sequence[int]) -> list[tuple[int, int]]:
 
 def _normalise(attn: Any, name: str, x: Tensor) -> Tensor:
     norm = getattr(attn, name, None)
-    return x if norm is None else norm(x)
+    if norm is None:
+        return x
+    if torch.compiler.is_exporting() and isinstance(norm, _rms_norm()):
+        assert norm.bias is None
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return norm(x)
+
+
+def _rms_norm() -> Any:
+    """Give diffusers' own, SD3.5's: written out in Python, where FLUX's is one operator."""
+    from diffusers.models.normalization import RMSNorm
+
+    return RMSNorm
 
 
 def _rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    if torch.compiler.is_exporting():
+        return ops.rotary_embedding(x, *tables)
     from diffusers.models.embeddings import apply_rotary_emb
 
     return apply_rotary_emb(x, tables, sequence_dim=1)

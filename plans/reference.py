@@ -1,4 +1,4 @@
-"""The fp32 truth of both operators; every other implementation is measured against this file."""
+"""The fp32 truth of both attentions; every other implementation is measured against this file."""
 
 from __future__ import annotations
 

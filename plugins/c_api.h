@@ -7,8 +7,12 @@
 
 extern "C" {
 
-/* cudaError_t of kernels/launch.h. `stream` is a cudaStream_t. */
+/* cudaError_t of kernels/launch.h and kernels/rows.h. `stream` is a cudaStream_t. */
 ARROWHEAD_API int arrowhead_attention(const arrowhead::AttentionParams* params, void* stream);
+ARROWHEAD_API int arrowhead_rms_norm(const arrowhead::RowParams* params, const void* weight,
+                                     float epsilon, void* stream);
+ARROWHEAD_API int arrowhead_rotary(const arrowhead::RowParams* params, const float* cos,
+                                   const float* sin, void* stream);
 ARROWHEAD_API const char* arrowhead_error_string(int error);
 ARROWHEAD_API int arrowhead_params_size(void);
 ARROWHEAD_API int arrowhead_workspace_bytes(void);

@@ -64,4 +64,16 @@ struct AttentionParams {
 
 constexpr int kWorkspaceBytes = 16;
 
+/// A contiguous [B, S, heads, D], in and out; not the same memory. D is 8 times a power of two, at
+/// most 256; at most 2^33 elements. Both are at multiples of 16 bytes.
+struct RowParams {
+  Element element;
+  std::int32_t batch;
+  std::int32_t tokens;
+  std::int32_t heads;
+  std::int32_t head_dim;
+  const void* x;
+  void* out;
+};
+
 }  // namespace arrowhead

@@ -1,4 +1,4 @@
-// Both operators on the CPU provider, on ONNX Runtime's own threads.
+// Both attentions on the CPU provider, on ONNX Runtime's own threads.
 //
 // The arithmetic is fp32. An fp16 call is converted at its border: ONNX Runtime's CPU provider
 // does the same around most of its own operators.
@@ -6,27 +6,14 @@
 #include <atomic>
 #include <memory>
 #include <new>
-#include <thread>
 #include <utility>
 
 #include "../cpu/attention.h"
 #include "custom_op.h"
+#include "parallel.h"
 
 namespace arrowhead::ort {
 namespace {
-
-/// Call body(worker) for each worker on the threads of the session.
-template <class Body>
-void parallel(const Ort::KernelContext& context, int workers, Body body) {
-  context.ParallelFor(
-      [](void* data, std::size_t worker) { (*static_cast<Body*>(data))(worker); },
-      static_cast<std::size_t>(workers), 0, &body);
-}
-
-int max_workers() {
-  static const int threads = static_cast<int>(std::thread::hardware_concurrency());
-  return max_of(1, threads);
-}
 
 void run(const Ort::KernelContext& context, const cpu::Attention& attention) {
   // Workers take tickets until none is left, as the CUDA kernel's CTAs do: tickets differ in cost.
@@ -48,18 +35,10 @@ class Floats {
 
   Floats(const Ort::KernelContext& context, const Ort::Float16_t* data, std::size_t size)
       : copy_(new float[size]), data_(copy_.get()) {
-    each_part(context, size, [&](std::size_t i) { copy_[i] = data[i].ToFloat(); });
+    parallel_each(context, size, [&](std::size_t i) { copy_[i] = data[i].ToFloat(); });
   }
 
   const float* data() const { return data_; }
-
-  template <class Element>
-  static void each_part(const Ort::KernelContext& context, std::size_t size, Element element) {
-    const std::size_t parts = max_workers();
-    parallel(context, static_cast<int>(parts), [&](std::size_t part) {
-      for (std::size_t i = size * part / parts; i < size * (part + 1) / parts; ++i) element(i);
-    });
-  }
 
  private:
   std::unique_ptr<float[]> copy_;
@@ -121,7 +100,7 @@ class CpuAttention {
     const std::size_t size = tokens * params.batch * params.heads * params.head_dim;
     const std::unique_ptr<float[]> wide(new float[size]);
     attend(context, params, wide.get());
-    Floats::each_part(context, size, [&](std::size_t i) { out[i] = Ort::Float16_t(wide[i]); });
+    parallel_each(context, size, [&](std::size_t i) { out[i] = Ort::Float16_t(wide[i]); });
   }
 
   Attributes attributes_;

@@ -1,4 +1,4 @@
-// Both operators on the CUDA provider: one launch of the kernel on the session's stream.
+// Both attentions on the CUDA provider: one launch of the kernel on the session's stream.
 #include <algorithm>
 #include <string>
 #include <utility>

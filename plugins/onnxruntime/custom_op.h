@@ -77,9 +77,11 @@ struct CustomOp : Ort::CustomOpBase<CustomOp<Implementation>, Kernel<Implementat
   bool cached_;
 };
 
-/// Add both operators of one provider to a domain. They live as long as the process.
+/// Add a provider's operators to a domain. They live as long as the process.
 void add_cpu_operators(Ort::CustomOpDomain& domain);
 void add_cuda_operators(Ort::CustomOpDomain& domain);
+void add_cpu_row_operators(Ort::CustomOpDomain& domain);
+void add_cuda_row_operators(Ort::CustomOpDomain& domain);
 
 template <class Implementation>
 void add_operators(Ort::CustomOpDomain& domain) {

@@ -15,8 +15,10 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     static Ort::CustomOpDomain& domain = *[] {
       auto* made = new Ort::CustomOpDomain("arrowhead");
       add_cpu_operators(*made);
+      add_cpu_row_operators(*made);
 #if ARROWHEAD_CUDA
       add_cuda_operators(*made);
+      add_cuda_row_operators(*made);
 #endif
       return made;
     }();

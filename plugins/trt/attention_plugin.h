@@ -1,4 +1,4 @@
-// Both operators as one TensorRT plugin: IPluginV3 with its core, build and runtime capabilities.
+// Both attentions as one TensorRT plugin: IPluginV3 with its core, build and runtime capabilities.
 #pragma once
 
 #include <NvInferRuntime.h>

@@ -20,30 +20,8 @@ from plans.bundle import Bundle, GraphSpec, check_bundle, file_sha256, load_bund
 from plans.errors import ArrowheadError
 from plans.plan import Plan, cache_flow, dense_plan, load_plan
 from plans.processors import BucketHeads, install
-from tests.tiny import inputs_of, random_plan, tiny_flux, tiny_sd3, with_first_arrows, with_modes
-
-BATCH = 2
-
-
-class Exported:
-    """One tiny model's bundle, with what it was made from."""
-
-    def __init__(self, model: Any, folder: Path) -> None:
-        self.model, self.folder = model, folder
-        self.plan = with_first_arrows(random_plan(model, seed=3, buckets=3, steps=6))
-        # Runs of heads, lone heads and a whole module from the cache, in one bucket.
-        first, last = self.plan.modules[0].name, self.plan.modules[-1].name
-        self.plan = with_modes(self.plan, {last: (-2, 0, -2, -1)})
-        # All heads of the first module in one cache group.
-        self.plan = with_modes(self.plan, {first: (-2,) * 4}, bucket=2)
-        self.before = {n: id(m) for n, m in model.named_modules()}
-        self.bundle = export_bundle(model, self.plan, folder, dtype="float32", batch=BATCH)
-
-
-@pytest.fixture(scope="module", params=["sd3", "flux"])
-def exported(request: Any, tmp_path_factory: Any) -> Exported:
-    model = tiny_sd3(num_layers=2) if request.param == "sd3" else tiny_flux()
-    return Exported(model, tmp_path_factory.mktemp("export") / request.param)
+from tests.exporter.conftest import BATCH, Exported
+from tests.tiny import inputs_of, random_plan, tiny_sd3
 
 
 def open_graph(folder: Path, graph: GraphSpec) -> ort.InferenceSession:
@@ -124,30 +102,6 @@ def test_graph_io_is_what_the_plan_says(exported: Exported) -> None:
         assert outs == {f"cache_out.{g.name}": shapes[g.name] for g in flow.writes(graph.bucket)}
 
 
-def test_operators_are_those_of_the_design(exported: Exported) -> None:
-    plan = exported.plan
-    for graph in exported.bundle.graphs:
-        assert graph.bucket is not None
-        model = onnx.load(exported.folder / graph.file, load_external_data=False)
-        assert {f.name for f in model.functions} == {"ArrowAttention", "CachedHead"}
-        assert {x.domain: x.version for x in model.opset_import}["arrowhead"] == 1
-        nodes = {x.name: x for x in model.graph.node if x.domain == "arrowhead"}
-        modes = plan.buckets[graph.bucket].modes
-        assert list(nodes) == [m.name for m in plan.modules if set(modes[m.name]) != {-2}]
-        for module in plan.modules:
-            if module.name not in nodes:
-                continue
-            node, row = nodes[module.name], modes[module.name]
-            values = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
-            assert node.op_type == ("CachedHead" if -2 in row else "ArrowAttention")
-            assert values["half_windows"] == [mode for mode in row if mode != -2]
-            assert values["text_first"] == int(module.layout.text_first)
-            assert values["text_tokens"] == module.layout.text_tokens
-            assert values["block"] == module.layout.block
-            assert values["scale"] == pytest.approx(module.head_dim**-0.5)
-            assert ("source" in values) == (-2 in row)
-
-
 def test_every_weight_is_stored_once_as_the_checkpoint_has_it(exported: Exported) -> None:
     bundle, folder = exported.bundle, exported.folder
     data = (folder / bundle.weights_file).read_bytes()
@@ -202,27 +156,6 @@ def test_the_model_is_left_alone(exported: Exported) -> None:
     kinds = {type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")}
     assert not any("Headwise" in kind for kind in kinds)
     assert "cropped_pos_embed" not in vars(model.pos_embed)
-
-
-def test_merged_heads_are_named_after_their_module(exported: Exported) -> None:
-    model = onnx.load(exported.folder / exported.bundle.graph(0).file, load_external_data=False)
-    outputs = {x.output[0] for x in model.graph.node if x.domain == "arrowhead"}
-    assert outputs == {f"merged.{module.name}" for module in exported.plan.modules}
-
-
-def test_caches_are_slices_of_the_merged_heads(exported: Exported) -> None:
-    """TensorRT-RTX runs a Gather last, and holds what it reads until then."""
-    kinds = set()
-    for graph in exported.bundle.graphs:
-        model = onnx.load(exported.folder / graph.file, load_external_data=False)
-        made_by = {name: node for node in model.graph.node for name in node.output}
-        for spec in graph.outputs:
-            if spec.name.startswith("cache_out."):
-                last = made_by[spec.name]
-                parts = [made_by[x] for x in last.input] if last.op_type == "Concat" else [last]
-                kinds |= {last.op_type, *(part.op_type for part in parts)}
-                assert all(made_by[part.input[0]].domain == "arrowhead" for part in parts)
-    assert kinds == {"Concat", "Slice", "Identity"}  # several runs of heads, a run, all heads
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -7,6 +7,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -19,17 +21,19 @@ ELEMENTS = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16
 
 
 def one_op_model(
-    tensors: dict[str, Tensor], attributes: dict[str, Any], symbolic: bool
+    tensors: dict[str, Tensor], attributes: dict[str, Any], symbolic: bool, name: str = ""
 ) -> onnx.ModelProto:
+    """A graph of one operator: `name`, or the attention that these tensors are for."""
+
     def info(name: str, tensor: Tensor) -> onnx.ValueInfoProto:
         shape = list(tensor.shape)
-        if symbolic:
+        if symbolic and tensor.dim() == 4:
             shape[:2] = ["B", "S"]
         return helper.make_tensor_value_info(name, ELEMENTS[tensor.dtype], shape)
 
-    name = "CachedHead" if "cache" in tensors else "ArrowAttention"
+    name = name or ("CachedHead" if "cache" in tensors else "ArrowAttention")
     node = helper.make_node(name, list(tensors), ["o"], domain=DOMAIN, **attributes)
-    dtype = ELEMENTS[tensors["q"].dtype]
+    dtype = ELEMENTS[next(iter(tensors.values())).dtype]
     graph = helper.make_graph(
         [node],
         "one_op",
@@ -125,3 +129,24 @@ def test_the_mask_stays_small(tmp_path: Any) -> None:
     session(one_op_model(tensors, attributes, symbolic=False), save=str(path))
     constants = sum(np.prod(x.dims) for x in onnx.load(path).graph.initializer)
     assert constants < 30_000
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_equal_pytorch(dtype: torch.dtype, symbolic: bool) -> None:
+    x, weight = (3 * torch.randn(2, 7, 3, 8)).to(dtype), torch.randn(8).to(dtype)
+    angles = torch.randn(7, 8)
+    tables = {"cos": angles.cos(), "sin": angles.sin()}
+    for name, others, attributes, want in (
+        ("HeadNorm", {"weight": weight}, {"epsilon": 0.1},
+         F.rms_norm(x, (8,), weight, 0.1)),
+        ("HeadRotary", tables, {},
+         apply_rotary_emb(x, tuple(tables.values()), sequence_dim=1)),
+    ):  # fmt: skip
+        model = one_op_model({"x": x, **others}, attributes, symbolic, name)
+        feeds = {name: tensor.numpy() for name, tensor in {"x": x, **others}.items()}
+        got = torch.from_numpy(session(model).run(None, feeds)[0])
+        assert got.dtype == dtype
+        torch.testing.assert_close(
+            got, want, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=1e-6
+        )
