@@ -43,6 +43,10 @@ VARIANTS = {
         DELTA, "arrow only", "#2a8c82", "^", "The same search without cached heads."
     ),
     "cache": Variant(DELTA, "cache only", "#c9822b", "s", "The same search without arrows."),
+    "wide": Variant(
+        DELTA, "wider bands too", "#00838f", "X",
+        "The search of `both` with bands of V/4 and V/2 image tokens beside V/8, V/16 and V/32.",
+    ),
     "output": Variant(
         DELTA, "weighted in the module", "#4f6db5", "p",
         "The search of `both` with errors weighted by the head's share of what its module adds to "

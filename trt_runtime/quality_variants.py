@@ -17,7 +17,7 @@ from plans.denoising import Denoising
 from plans.layerwise import search_layerwise
 from plans.plan import Bucket, Plan, load_plan, save_plan
 from plans.run import run_plan
-from plans.search import search_plan
+from plans.search import DIVISORS, search_plan
 from trt_runtime.parity import Progress
 from trt_runtime.quality_peers import FIRST_BLOCK, dbcache, first_block_cache
 from trt_runtime.quality_settings import FEWER, OURS, PRICED, STACKED, Point, Settings
@@ -134,6 +134,7 @@ _SEARCHES: dict[str, Callable[..., Plan]] = {
     PRICED: Planner.priced,
     "arrow": partial(Planner.search, candidates=("arrow",)),
     "cache": partial(Planner.search, candidates=("cache",)),
+    "wide": partial(Planner.search, divisors=(2, 4, *DIVISORS)),
     "output": partial(Planner.search, error_weights="output"),
     "stream": partial(Planner.search, error_weights="stream"),
     "stream-dt": partial(Planner.search, error_weights="stream-dt"),
