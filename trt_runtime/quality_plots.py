@@ -12,14 +12,15 @@ from plans.errors import atomic_write
 from trt_runtime.quality_settings import DELTA, OURS, STEPS, VARIANTS
 
 CURVES = "curves.png"
+_DEPTH_POINTS = 8  # what lies deeper is in the table: drawn, it would press the rest flat
 FOOTNOTE = (
     "Numbers at points: delta of the plan, threshold of FirstBlockCache, step count; other curves "
     "have the same in the same order. Bars: 95 % interval of the paired change against the "
-    "uncompressed pictures of the same seeds. Accuracy is drawn to 8 points below these."
+    f"uncompressed pictures of the same seeds. Accuracy is drawn to {_DEPTH_POINTS} points below "
+    "these."
 )
 _INK, _QUIET = "#22262b", "#70767d"
 _MARGIN_POINTS = 2.0  # what a plan may cost in accuracy, drawn as a band
-_DEPTH_POINTS = 8.0  # what lies deeper is in the table: drawn, it would press the rest flat
 _NAMED = (OURS, STEPS, "first-block-cache")  # whose points say their setting; others would crowd
 _SIZE = (15, 5.2)
 _FONTS: Any = {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none"}

@@ -9,8 +9,8 @@ namespace {
 
 void check(cudaError_t error) {
   if (error == cudaErrorInvalidValue) {
-    throw Ort::Exception("Arrowhead: got a D that is no power of two from 8 to 256; on CUDA run "
-                         "such heads without this library",
+    throw Ort::Exception("Arrowhead: got a D that is no power of two from 8 to 256, or more than "
+                         "2^33 elements; on CUDA run such heads without this library",
                          ORT_NOT_IMPLEMENTED);
   }
   if (error != cudaSuccess) {

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -87,20 +88,19 @@ class RecordCandidates:
         self, module: AttentionModule, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> Tensor:
         assert q is not None and k is not None and v is not None
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * module.head_dim**-0.5
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
 
-        def attention(scores: Tensor) -> Tensor:
-            return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        def attention(mask: Tensor | None = None) -> Tensor:
+            return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
 
-        full, rows = attention(scores), self._rows[module.name]
+        full, rows = attention(), self._rows[module.name]
         seen = counted(module, full)
 
         def error(output: Tensor) -> np.ndarray:
             return relative_squared_errors(output, seen).numpy()
 
         for i, mask in enumerate(self._masks[module.name]):
-            banded = attention(scores.masked_fill(~mask, -torch.inf))
-            self.arrow[self._now, rows, i] = error(counted(module, banded))
+            self.arrow[self._now, rows, i] = error(counted(module, attention(mask)))
         past = self._past[module.name]
         for age, output in enumerate(reversed(past)):
             self.cached[self._now, rows, age] = error(output)
